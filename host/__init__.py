@@ -1,0 +1,1 @@
+"""Runs pipelines without Gadgetron: socket server, offline replay, the `quantitron` command."""

@@ -1,0 +1,1 @@
+"""Anatomy and protocol in, ISMRMRD raw file with its ground truth out."""

@@ -1,0 +1,1 @@
+"""Iterative algorithms. They take callables and know no operator."""

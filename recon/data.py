@@ -1,0 +1,318 @@
+"""The arrays that move through a reconstruction: frozen dataclasses, SI units, a shape on every field.
+
+Axis letters used in this project's shape comments:
+
+====  ==============================================================================
+s     slice or slab of a multi-slice scan (1 for a single slab)
+z     partition (kz, or slice direction in image space)
+y     phase-encoding line (ky, or phase direction)
+x     readout position in image space (the readout is Fourier transformed on arrival)
+c     receive channel
+w     contrast: flat index over (TI, tau), TI slowest; over flip angle for ``vfa_gre``
+e     echo (TE)
+t     frame: flat index over (TI, tau, TE), ``t = w * n_echoes + e``
+l     component of the temporal basis over the contrasts
+====  ==============================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Sampling grid and delivered grid of a Cartesian scan. Tuples run (z, y, x)."""
+
+    matrix: tuple[int, int, int]
+    """Points of the k-space grid (z, y, x) after readout oversampling is removed."""
+    field_of_view: tuple[float, float, float]
+    """Extent of ``matrix`` [m], (z, y, x)."""
+    delivered_matrix: tuple[int, int, int]
+    """Voxels of the maps (z, y, x): ``matrix`` less phase and slice oversampling."""
+    slices: int = 1
+    """Slices or slabs, each with a k-space of its own."""
+    coils: int = 1
+    """Receive channels."""
+    trajectory: str = "cartesian"
+
+    @property
+    def voxel_size(self) -> tuple[float, float, float]:
+        """Voxel edge lengths [m], (z, y, x)."""
+        fz, fy, fx = self.field_of_view
+        nz, ny, nx = self.matrix
+        return fz / nz, fy / ny, fx / nx
+
+    @property
+    def delivered_field_of_view(self) -> tuple[float, float, float]:
+        """Extent of the delivered maps [m], (z, y, x)."""
+        dz, dy, dx = self.voxel_size
+        nz, ny, nx = self.delivered_matrix
+        return dz * nz, dy * ny, dx * nx
+
+    def crop(self, image: Tensor) -> Tensor:
+        """Cut an image (..., z, y, x) on ``matrix`` to the delivered matrix about the centre voxel n/2."""
+        for axis, (full, kept) in enumerate(zip(self.matrix, self.delivered_matrix, strict=True)):
+            image = image.narrow(image.ndim - 3 + axis, full // 2 - kept // 2, kept)
+        return image
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What the sequence played. Times in seconds, angles in radians."""
+
+    sequence: str
+    """``t2ir_gre``, ``vfa_gre`` or ``megre``."""
+    echo_time: tuple[float, ...]
+    """Echo times [s], (e,)."""
+    repetition_time: tuple[float, ...]
+    """Repetition time [s], one value, or one for each time point."""
+    flip_angle: tuple[float, ...]
+    """Flip angles [rad]: one, or for ``vfa_gre`` one for each contrast, (w,)."""
+    preparation_time: tuple[float, ...] = ()
+    """T2-preparation times tau [s], (tau,); only ``t2ir_gre``."""
+    inversion_time: tuple[float, ...] = ()
+    """Inversion times [s] as the header gives them; excitation n otherwise follows at n TR."""
+    excitations: int = 1
+    """Excitations N after each preparation; only ``t2ir_gre``."""
+    inversion_efficiency: float | None = None
+    """0..1, 1 a perfect inversion (B = -efficiency); None where it is to be estimated."""
+    field_strength: float | None = None
+    """Main field [T]."""
+    phase_sign: int = 1
+    """Sign of the echo phase: ``phase = phi0 + phase_sign 2 pi b0 TE``."""
+
+    @property
+    def contrast_shape(self) -> tuple[int, int, int]:
+        """Lengths of the contrast axes (TI, tau, TE) of the 6D k-space."""
+        if self.sequence == "t2ir_gre":
+            return self.excitations, len(self.preparation_time), len(self.echo_time)
+        if self.sequence == "vfa_gre":
+            return len(self.flip_angle), 1, len(self.echo_time)
+        return 1, 1, len(self.echo_time)
+
+    @property
+    def contrasts(self) -> int:
+        """Number of contrasts w at each echo."""
+        return self.contrast_shape[0] * self.contrast_shape[1]
+
+    @property
+    def echoes(self) -> int:
+        """Number of echoes e."""
+        return len(self.echo_time)
+
+    @property
+    def frames(self) -> int:
+        """Number of frames T."""
+        return self.contrasts * self.echoes
+
+
+@dataclass(frozen=True)
+class KSpace:
+    """The lines that were sampled, whitened, in hybrid space (kz, ky, x). Repeated lines are averaged."""
+
+    samples: Tensor
+    """(line, c, x) complex: each line after the unitary inverse Fourier transform along the readout."""
+    contrast: Tensor
+    """(line,) int64: w of each line."""
+    echo: Tensor
+    """(line,) int64: e of each line."""
+    slice: Tensor
+    """(line,) int64: s of each line."""
+    kz: Tensor
+    """(line,) int64 in 0..z-1; k = 0 lies at z // 2."""
+    ky: Tensor
+    """(line,) int64 in 0..y-1; k = 0 lies at y // 2."""
+    count: Tensor
+    """(line,) float: how many acquisitions the line is the mean of; its noise variance is 1 / count."""
+    energy: float
+    """Sum of |s|^2 over all acquired samples before averaging."""
+    contrast_shape: tuple[int, int, int]
+    """Lengths of the axes (TI, tau, TE)."""
+    grid: tuple[int, int, int, int]
+    """(s, z, y, x) of the scan."""
+
+    @property
+    def acquired_samples(self) -> int:
+        """Complex samples acquired (over coils and readout), repeats counted."""
+        return int(self.count.sum().item()) * self.samples.shape[1] * self.samples.shape[2]
+
+    def dense(self, slice_index: int = 0) -> Tensor:
+        """The 6D view of one slice, zero where nothing was sampled.
+
+        Returns:
+            (c, kx, ky, kz, TI, tau, TE) complex, unitary centred Fourier transform along kx.
+        """
+        _, nz, ny, nx = self.grid
+        n_ti, n_tau, n_te = self.contrast_shape
+        coils = self.samples.shape[1]
+        chosen = self.slice == slice_index
+        buffer = self.samples.new_zeros(n_ti * n_tau, n_te, nz, ny, coils, nx)  # (w, e, z, y, c, x)
+        buffer[self.contrast[chosen], self.echo[chosen], self.kz[chosen], self.ky[chosen]] = self.samples[chosen]
+        spectrum = torch.fft.fftshift(
+            torch.fft.fft(torch.fft.ifftshift(buffer, dim=-1), dim=-1, norm="ortho"), dim=-1
+        )
+        spectrum = spectrum.reshape(n_ti, n_tau, n_te, nz, ny, coils, nx)  # (TI, tau, TE, z, y, c, kx)
+        return spectrum.permute(5, 6, 4, 3, 0, 1, 2)  # (c, kx, ky, kz, TI, tau, TE)
+
+
+@dataclass(frozen=True)
+class Navigator:
+    """Lines that sample the same k-space position in every contrast: the source of a measured basis."""
+
+    samples: Tensor
+    """(n, c, x) complex, whitened, hybrid space."""
+    contrast: Tensor
+    """(n,) int64."""
+    echo: Tensor
+    """(n,) int64."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration lines of one contrast and echo, for the coil maps."""
+
+    samples: Tensor
+    """(s, z, y, c, x) complex, whitened, hybrid space, averaged; zero where not acquired."""
+    count: Tensor
+    """(s, z, y) float: acquisitions at each point."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Temporal basis over the contrasts, shared by all echoes (the signal factorises, METHODS 2)."""
+
+    contrast: Tensor
+    """(w, l) real or complex, orthonormal columns."""
+    variance: Tensor
+    """(l,) float: mean square of each component over the dictionary or data, relative to their sum."""
+    retained_energy: float
+    """Share of the signal energy that the columns keep, 0..1."""
+    source: str
+    """``dictionary``, ``navigator`` or ``centre``."""
+
+    @property
+    def rank(self) -> int:
+        """Number of columns."""
+        return int(self.contrast.shape[1])
+
+
+@dataclass(frozen=True)
+class ReducedKSpace:
+    """The least-squares data term in Gram form (METHODS 1), one term an echo.
+
+    With the coefficient k-space ``u[e, c](k)`` (an l-vector at each k-space point) of echo e,
+
+        1/2 sum |s - Psi u|^2 = 1/2 sum_{e,c,k} [u^H G_e(k) u - 2 Re(u^H b_{e,c}(k))] + 1/2 energy
+
+    so that nothing after accumulation depends on the number of frames.
+    """
+
+    gram: Tensor
+    """(s, e, z, y, l, l): G = sum over acquired lines of conj(Psi_w) Psi_w^T."""
+    projected: Tensor
+    """(s, e, z, y, l, c, x) complex: b = sum over acquired lines of conj(Psi_w) s, hybrid space."""
+    count: Tensor
+    """(s, e, z, y) float: lines acquired at each point."""
+    energy: float
+    """Sum of |s|^2 over all acquired samples."""
+    samples: int
+    """Complex samples acquired, over coils and readout."""
+    basis: Basis
+    """The basis that both are expressed in."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything that a solver may use. One slice or slab: s = 1 throughout."""
+
+    encoding: Encoding
+    protocol: Protocol
+    reduced: ReducedKSpace
+    """Gram form of the data of this slice."""
+    kspace: KSpace | None = None
+    """The sampled lines, for solvers that declare ``needs_lines``."""
+    calibration: Calibration | None = None
+    """Calibration lines, where the scan has them."""
+    noise_known: bool = True
+    """Whether the data were whitened with a noise scan (then E|n|^2 = 1 for each sample)."""
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+MAP_NAMES = ("t1", "t2", "t2star", "pd", "b0", "phase", "inversion")
+"""Maps that a solver may return, in the order of delivery."""
+
+SEQUENCE_MAPS: Mapping[str, tuple[str, ...]] = {
+    "vfa_gre": ("t1", "t2star", "pd", "b0", "phase"),
+    "t2ir_gre": ("t1", "t2", "t2star", "pd", "b0", "phase", "inversion"),
+    "megre": ("t2star", "pd", "b0", "phase"),
+}
+"""Which maps each sequence gives."""
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What a solver returns, on the delivered grid. Voxels with no estimate are NaN."""
+
+    values: Mapping[str, Tensor]
+    """Name -> (s, z, y, x) float32. t1, t2, t2star [s]; pd [a.u.]; b0 [Hz]; phase [rad]; inversion [0..1]."""
+    mask: Tensor
+    """(s, z, y, x) bool: where there is signal."""
+    standard_deviation: Mapping[str, Tensor] = field(default_factory=dict)
+    """Name -> (s, z, y, x) float32, in the unit of the map; empty where not estimated."""
+    magnitude: Tensor | None = None
+    """(e, s, z, y, x) float32: coil-combined echo images of the first contrast, where asked for."""
+    rank: int = 0
+    """Coefficient images that were solved for."""
+    retained_energy: float = 1.0
+    """Share of the dictionary's energy inside the solver's basis."""
+    residual_to_noise: float = float("nan")
+    """||s - A x||^2 / number of samples; 1 is pure noise. NaN where the noise level is not known."""
+    failed_voxels: int = 0
+    """Voxels inside the mask with no estimate."""
+    preview: bool = False
+
+    @staticmethod
+    def stack(parts: list[Maps]) -> Maps:
+        """Join the maps of consecutive slices along s.
+
+        Raises:
+            ValueError: if ``parts`` is empty or the parts hold different maps.
+        """
+        if not parts:
+            raise ValueError("no maps to stack")
+        names = list(parts[0].values)
+        if any(list(part.values) != names for part in parts):
+            raise ValueError("the slices hold different maps and cannot be stacked")
+        magnitudes = [part.magnitude for part in parts if part.magnitude is not None]
+        return replace(
+            parts[0],
+            values={name: torch.cat([part.values[name] for part in parts]) for name in names},
+            mask=torch.cat([part.mask for part in parts]),
+            standard_deviation={
+                name: torch.cat([part.standard_deviation[name] for part in parts])
+                for name in parts[0].standard_deviation
+            },
+            magnitude=torch.cat(magnitudes, dim=1) if len(magnitudes) == len(parts) else None,
+            residual_to_noise=sum(part.residual_to_noise for part in parts) / len(parts),
+            failed_voxels=sum(part.failed_voxels for part in parts),
+        )
+
+
+@dataclass(frozen=True)
+class ScanData:
+    """What accumulation hands on: the lines, or their reduced form, or both; and what comes beside them."""
+
+    kspace: KSpace | None
+    """Sampled lines; None where the basis was known beforehand and no solver asked for lines."""
+    reduced: ReducedKSpace | None
+    """Gram form of all slices; None where the basis must still be found in the data."""
+    navigator: Navigator | None
+    calibration: Calibration | None
+    noise_known: bool
+    """Whether the samples were whitened with a noise scan."""

@@ -1,0 +1,1 @@
+"""Linear operators of the acquisition and their algebra."""

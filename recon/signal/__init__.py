@@ -1,0 +1,1 @@
+"""Signal models of the sequences and the dictionaries made from them."""

@@ -1,0 +1,56 @@
+"""The sequences that have a signal model, by name, and the full signal built from its two factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol as Interface
+
+import torch
+from torch import Tensor
+
+from quantitron.recon.data import Protocol
+from quantitron.recon.signal import megre, t2ir_gre, vfa_gre
+from quantitron.recon.signal.spoiled_gre import echo_signal
+
+
+class ContrastSignal(Interface):
+    """Signal over the contrasts at TE = 0: (parameters (...), protocol, b1) -> (..., w)."""
+
+    def __call__(
+        self, parameters: Mapping[str, Tensor], protocol: Protocol, b1: Tensor | None = None
+    ) -> Tensor: ...  # pragma: no cover
+
+
+CONTRAST_SIGNALS: Mapping[str, ContrastSignal] = {
+    "t2ir_gre": t2ir_gre.contrast_signal,
+    "vfa_gre": vfa_gre.contrast_signal,
+    "megre": megre.contrast_signal,
+}
+CONTRAST_PARAMETERS: Mapping[str, tuple[str, ...]] = {
+    "t2ir_gre": t2ir_gre.PARAMETERS,
+    "vfa_gre": vfa_gre.PARAMETERS,
+    "megre": megre.PARAMETERS,
+}
+SEQUENCES = tuple(CONTRAST_SIGNALS)
+
+
+def signal(parameters: Mapping[str, Tensor], protocol: Protocol, b1: Tensor | None = None) -> Tensor:
+    """Complex signal of every frame for unit A and zero receive phase.
+
+    Args:
+        parameters: ``t2star`` [s], ``b0`` [Hz] and the sequence's own parameters, shape (...).
+        protocol: the sequence.
+        b1: actual over nominal flip angle, shape (...); 1 where absent.
+
+    Returns:
+        complex, shape (..., t) with ``t = w * n_echoes + e``.
+
+    Raises:
+        ValueError: if the protocol's sequence has no signal model.
+    """
+    if protocol.sequence not in CONTRAST_SIGNALS:
+        raise ValueError(f"no signal model for sequence '{protocol.sequence}'; there are {', '.join(SEQUENCES)}")
+    contrast = CONTRAST_SIGNALS[protocol.sequence](parameters, protocol, b1)  # (..., w)
+    time = torch.tensor(protocol.echo_time, dtype=contrast.dtype, device=contrast.device)
+    echo = echo_signal(parameters["t2star"], parameters["b0"], time, protocol.phase_sign)  # (..., e)
+    return (contrast[..., :, None] * echo[..., None, :]).flatten(-2)  # (..., t)

@@ -1,0 +1,1 @@
+"""Maps in, pictures and tables out."""
