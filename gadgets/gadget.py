@@ -30,6 +30,8 @@ class Context:
     settings_hash: str = ""
     """Hash of all resolved settings, for provenance."""
     seed: int = 0
+    device: str = ""
+    """Device that the solver ran on, for provenance; set by reconstruct."""
     basis: Basis | None = None
     """Set before data flow by the basis gadget where the protocol alone determines the basis."""
     needs_lines: bool = False

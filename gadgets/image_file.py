@@ -48,8 +48,8 @@ def write_images(
 ) -> int:
     """Write images into one group of an HDF5 file; other groups of an existing file stay as they are.
 
-    Each image is on disk before the next one is asked for: what was computed before a failure is kept, and the
-    file is not held open while the next image is computed.
+    Each image is on disk before the next one is asked for: what was computed before a failure is kept, and
+    the file is not held open while the next image is computed.
 
     Args:
         path: file to create or to add to.
