@@ -152,7 +152,9 @@ class KSpace:
         coils = self.samples.shape[1]
         chosen = self.slice == slice_index
         buffer = self.samples.new_zeros(n_ti * n_tau, n_te, nz, ny, coils, nx)  # (w, e, z, y, c, x)
-        buffer[self.contrast[chosen], self.echo[chosen], self.kz[chosen], self.ky[chosen]] = self.samples[chosen]
+        buffer[self.contrast[chosen], self.echo[chosen], self.kz[chosen], self.ky[chosen]] = self.samples[
+            chosen
+        ]
         spectrum = torch.fft.fftshift(
             torch.fft.fft(torch.fft.ifftshift(buffer, dim=-1), dim=-1, norm="ortho"), dim=-1
         )

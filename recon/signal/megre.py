@@ -15,12 +15,20 @@ PARAMETERS: tuple[str, ...] = ()
 """The contrast factor depends on nothing."""
 
 
-def contrast_signal(parameters: Mapping[str, Tensor], protocol: Protocol, b1: Tensor | None = None) -> Tensor:
-    """The contrast factor of a scan with one contrast: ones of shape (..., 1), shaped like ``t2star``.
+def contrast_signal(
+    parameters: Mapping[str, Tensor],
+    protocol: Protocol,  # noqa: ARG001  (all sequences are called alike)
+    b1: Tensor | None = None,  # noqa: ARG001
+) -> Tensor:
+    """The contrast factor of a scan with one contrast: ones.
 
     Args:
         parameters: any map that gives the shape (...), such as ``t2star`` [s].
-        protocol: not used; present so that all sequences are called alike.
+        protocol: not used.
         b1: not used.
+
+    Returns:
+        real ones, shape (..., 1).
     """
-    return next(iter(parameters.values())).new_ones(()).expand(next(iter(parameters.values())).shape)[..., None]
+    like = next(iter(parameters.values()))
+    return like.new_ones(()).expand(like.shape)[..., None]

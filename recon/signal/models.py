@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol as Interface
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,14 +12,8 @@ from quantitron.recon.data import Protocol
 from quantitron.recon.signal import megre, t2ir_gre, vfa_gre
 from quantitron.recon.signal.spoiled_gre import echo_signal
 
-
-class ContrastSignal(Interface):
-    """Signal over the contrasts at TE = 0: (parameters (...), protocol, b1) -> (..., w)."""
-
-    def __call__(
-        self, parameters: Mapping[str, Tensor], protocol: Protocol, b1: Tensor | None = None
-    ) -> Tensor: ...  # pragma: no cover
-
+ContrastSignal: TypeAlias = Callable[[Mapping[str, Tensor], Protocol, "Tensor | None"], Tensor]
+"""Signal over the contrasts at TE = 0: (parameters of shape (...), protocol, b1) -> (..., w)."""
 
 CONTRAST_SIGNALS: Mapping[str, ContrastSignal] = {
     "t2ir_gre": t2ir_gre.contrast_signal,
@@ -49,7 +43,9 @@ def signal(parameters: Mapping[str, Tensor], protocol: Protocol, b1: Tensor | No
         ValueError: if the protocol's sequence has no signal model.
     """
     if protocol.sequence not in CONTRAST_SIGNALS:
-        raise ValueError(f"no signal model for sequence '{protocol.sequence}'; there are {', '.join(SEQUENCES)}")
+        raise ValueError(
+            f"no signal model for sequence '{protocol.sequence}'; there are {', '.join(SEQUENCES)}"
+        )
     contrast = CONTRAST_SIGNALS[protocol.sequence](parameters, protocol, b1)  # (..., w)
     time = torch.tensor(protocol.echo_time, dtype=contrast.dtype, device=contrast.device)
     echo = echo_signal(parameters["t2star"], parameters["b0"], time, protocol.phase_sign)  # (..., e)

@@ -1,0 +1,40 @@
+"""Noise level of data that came without a noise scan."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from quantitron.recon.data import ReducedKSpace
+
+
+def noise_variance(reduced: ReducedKSpace, outermost: float = 0.15) -> float:
+    """Noise variance E|n|^2 of one sample, from the outermost acquired k-space points.
+
+    The squared modulus of complex Gaussian noise is exponentially distributed: its median is ln(2) times its
+    mean, and the median does not see the few points that still hold signal.
+
+    Args:
+        reduced: sums of the scan.
+        outermost: share of the acquired points that is used, those furthest from the centre.
+
+    Returns:
+        variance in the units of the data, 1 for whitened data.
+    """
+    _, _, nz, ny = reduced.count.shape
+    z = (torch.arange(nz) - nz // 2) / max(nz, 1)
+    y = (torch.arange(ny) - ny // 2) / max(ny, 1)
+    radius = (z[:, None] ** 2 + y**2).sqrt().expand_as(reduced.count)
+    acquired = reduced.count > 0
+    if not acquired.any():
+        raise ValueError("no line was acquired: there is no noise level to estimate")
+    edge = torch.quantile(radius[acquired].double(), 1 - outermost, interpolation="lower")
+    chosen = acquired & (radius.double() >= edge)
+    weight = reduced.gram[chosen].diagonal(dim1=-2, dim2=-1).real  # (point, l)
+    strongest = weight.argmax(1)  # the component that these lines measure best
+    point = torch.arange(len(strongest))
+    samples = reduced.projected[chosen][point, strongest]  # (point, c, x)
+    # b_l is a sum of noise weighted with psi_l; its variance is G_ll times that of a sample.
+    power = samples.abs().square() / weight[point, strongest][:, None, None]
+    return float(power.median()) / math.log(2)

@@ -1,0 +1,158 @@
+"""The data term of a Cartesian scan in reduced (Gram) form, over batches of readout positions (METHODS 1).
+
+    f(U) = 1/2 sum_t ||s_t - M_t F C D_t Phi_t U||^2
+         = 1/2 <U, A^H A U> - Re <U, A^H s> + 1/2 ||s||^2
+
+A^H A and A^H s come from the sums G and b: no step depends on the number of frames. The readout positions
+are independent and are worked on in batches; the batch size bounds memory and changes nothing else.
+
+Fourier transforms here are uncentred: maps and sums are rolled once instead of in every step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantitron.recon.data import ReducedKSpace
+from quantitron.recon.operators.linear_operator import LinearOperator
+from quantitron.recon.operators.subspace import off_resonance_phase
+
+_AXES = (-2, -1)  # (z, y)
+
+
+class ReducedSense(LinearOperator):
+    """A^H A of a Cartesian multi-echo SENSE scan in a subspace: (x, k, z, y) -> (x, k, z, y), self-adjoint.
+
+    It also knows A^H s (``adjoint_data``) and the value of the data term (``residual_energy``).
+    """
+
+    def __init__(
+        self,
+        reduced: ReducedKSpace,
+        csm: Tensor,
+        mixing: Tensor,
+        b0: Tensor | None = None,
+        echo_time: Tensor | None = None,
+        phase_sign: int = 1,
+        working_set: int = 16_000_000,
+    ) -> None:
+        """Set up for one slice.
+
+        Args:
+            reduced: sums of one slice (s = 1).
+            csm: (x, c, z, y) coil sensitivity maps.
+            mixing: (e, l, k): coefficients of echo e in the contrast basis are ``mixing[e] @ U``, so that
+                ``Phi[(w,e),k] = sum_l Psi[w,l] mixing[e,l,k]``.
+            b0: (x, z, y) [Hz], taken out of the basis; None for none.
+            echo_time: (e,) [s], needed with ``b0``.
+            phase_sign: +1 or -1.
+            working_set: bytes that one batch of readout positions may take.
+
+        Raises:
+            ValueError: if the sums hold more than one slice, or b0 comes without echo times.
+        """
+        if reduced.gram.shape[0] != 1:
+            raise ValueError(f"the reduced data term is of one slice, not of {reduced.gram.shape[0]}")
+        if b0 is not None and echo_time is None:
+            raise ValueError("an off-resonance map needs the echo times")
+        self._csm = torch.fft.ifftshift(csm, dim=_AXES)
+        self._dtype = csm.dtype
+        self._mixing = mixing.to(self._dtype)  # (e, l, k)
+        gram = torch.fft.ifftshift(reduced.gram[0], dim=(1, 2)).to(csm.device)  # (e, z, y, l, l)
+        self._gram = gram.permute(0, 3, 4, 1, 2).contiguous()  # (e, l, l, z, y)
+        self._gram_is_real = not self._gram.is_complex()
+        self._reduced = reduced
+        self._phase = None
+        if b0 is not None and echo_time is not None:
+            phase = off_resonance_phase(b0, echo_time, phase_sign).to(self._dtype)  # (x, e, z, y)
+            self._phase = torch.fft.ifftshift(phase, dim=_AXES)
+        nx, coils, nz, ny = csm.shape
+        echoes, rank, _ = mixing.shape
+        position = coils * echoes * rank * nz * ny * csm.element_size()
+        self._batch = max(1, min(nx, working_set // (3 * position)))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape (x, k, z, y) of the coefficient images."""
+        nx, _, nz, ny = self._csm.shape
+        return nx, self._mixing.shape[2], nz, ny
+
+    def _echo_images(self, part: slice, coefficients: Tensor) -> Tensor:
+        """(x, k, z, y) -> (x, e, l, z, y), off-resonance included."""
+        echoes, rank, _ = self._mixing.shape
+        nx, _, nz, ny = coefficients.shape
+        images = self._mixing.flatten(0, 1) @ coefficients.flatten(2)  # (x, e*l, z*y)
+        images = images.reshape(nx, echoes, rank, nz, ny)
+        return images if self._phase is None else images * self._phase[part, :, None]
+
+    def _coefficients(self, part: slice, images: Tensor) -> Tensor:
+        """Adjoint of ``_echo_images``."""
+        if self._phase is not None:
+            images = images * self._phase[part, :, None].conj()
+        nx, _, _, nz, ny = images.shape
+        mixed = self._mixing.flatten(0, 1).mH @ images.reshape(nx, -1, nz * ny)  # (x, k, z*y)
+        return mixed.reshape(nx, -1, nz, ny)
+
+    def _apply_gram(self, spectrum: Tensor) -> Tensor:
+        """G at every k-space point: (x, c, e, l, z, y) -> the same."""
+        rank = spectrum.shape[3]
+        if self._gram_is_real:
+            pairs = torch.view_as_real(spectrum)  # (x, c, e, l, z, y, 2)
+            rows = [
+                sum(
+                    (
+                        self._gram[:, row, column, ..., None] * pairs[:, :, :, column]
+                        for column in range(1, rank)
+                    ),
+                    start=self._gram[:, row, 0, ..., None] * pairs[:, :, :, 0],
+                )
+                for row in range(rank)
+            ]
+            return torch.view_as_complex(torch.stack(rows, dim=3))
+        return torch.einsum("elmzy,xcemzy->xcelzy", self._gram, spectrum)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A^H A U: (x, k, z, y) -> (x, k, z, y)."""
+        rolled = torch.fft.ifftshift(x, dim=_AXES)
+        result = torch.empty_like(rolled)
+        for start in range(0, rolled.shape[0], self._batch):
+            part = slice(start, start + self._batch)
+            images = self._echo_images(part, rolled[part])  # (x, e, l, z, y)
+            csm = self._csm[part, :, None, None]  # (x, c, 1, 1, z, y)
+            spectrum = torch.fft.fft2(images[:, None] * csm, norm="ortho")  # (x, c, e, l, z, y)
+            coil_images = torch.fft.ifft2(self._apply_gram(spectrum), norm="ortho")
+            result[part] = self._coefficients(part, (coil_images * csm.conj()).sum(1))
+        return torch.fft.fftshift(result, dim=_AXES)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """The operator is its own adjoint."""
+        return self.forward(y)
+
+    def adjoint_data(self) -> Tensor:
+        """A^H s from the sums b: (x, k, z, y)."""
+        projected = self._reduced.projected[0]  # (e, z, y, l, c, x)
+        result = self._csm.new_zeros(self.shape)
+        for start in range(0, self._csm.shape[0], self._batch):
+            part = slice(start, start + self._batch)
+            spectrum = projected[..., part].permute(5, 4, 0, 3, 1, 2).to(self._csm)  # (x, c, e, l, z, y)
+            spectrum = torch.fft.ifftshift(spectrum, dim=_AXES)
+            coil_images = torch.fft.ifft2(spectrum, norm="ortho")
+            csm = self._csm[part, :, None, None]
+            result[part] = self._coefficients(part, (coil_images * csm.conj()).sum(1))
+        return torch.fft.fftshift(result, dim=_AXES)
+
+    def residual_energy(self, coefficients: Tensor, adjoint_data: Tensor | None = None) -> float:
+        """||s - A U||^2 with its constant, from two inner products.
+
+        Args:
+            coefficients: U (x, k, z, y).
+            adjoint_data: A^H s where it is at hand already.
+        """
+        if adjoint_data is None:
+            adjoint_data = self.adjoint_data()
+        # In double precision: the three terms nearly cancel.
+        image = coefficients.to(torch.complex128)
+        quadratic = torch.vdot(image.flatten(), self.forward(coefficients).to(image).flatten()).real
+        linear = torch.vdot(image.flatten(), adjoint_data.to(image).flatten()).real
+        return float(quadratic - 2 * linear) + self._reduced.energy
