@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import ismrmrd
 import numpy as np
@@ -52,38 +53,80 @@ class AcquisitionBlock:
         )
 
 
-def blocks_of(acquisitions: Iterable[ismrmrd.Acquisition | AcquisitionBlock]) -> Iterator[AcquisitionBlock]:
-    """Cut a stream of single acquisitions into blocks; blocks pass through as they are.
+class BlockBuilder:
+    """The one rule that cuts a stream into blocks, shared by files, sockets and single acquisitions.
 
     A block ends after ``BLOCK_LENGTH`` acquisitions and where the number of channels, samples or trajectory
-    dimensions changes.
+    dimensions changes. How many acquisitions are added at a time has no influence on the blocks.
     """
-    heads: list[NDArray[np.void]] = []
-    data: list[NDArray[np.complex64]] = []
-    trajectories: list[NDArray[np.float32]] = []
-    shape: tuple[int, ...] = ()
-    first = count = 0
 
-    def block() -> AcquisitionBlock:
-        return AcquisitionBlock(np.concatenate(heads), np.stack(data), np.stack(trajectories), first)
+    def __init__(self) -> None:
+        self._heads: list[NDArray[np.void]] = []
+        self._data: list[NDArray[np.complex64]] = []
+        self._trajectories: list[NDArray[np.float32]] = []
+        self._length = 0
+        self._first = 0
 
+    def add(
+        self, head: NDArray[np.void], data: NDArray[np.complex64], trajectory: NDArray[np.float32]
+    ) -> Iterator[AcquisitionBlock]:
+        """Add acquisitions of one shape; yields the blocks that are complete.
+
+        The arrays must not change afterwards. Shapes: head (n,), data (n, c, sample),
+        trajectory (n, sample, dimension).
+        """
+        start = 0
+        if self._length and not (
+            self._data[0].shape[1:] == data.shape[1:]
+            and self._trajectories[0].shape[1:] == trajectory.shape[1:]
+        ):
+            yield from self.finish()
+        while start < len(head):
+            end = min(len(head), start + BLOCK_LENGTH - self._length)
+            self._heads.append(head[start:end])
+            self._data.append(data[start:end])
+            self._trajectories.append(trajectory[start:end])
+            self._length += end - start
+            start = end
+            if self._length == BLOCK_LENGTH:
+                yield from self.finish()
+
+    def finish(self) -> Iterator[AcquisitionBlock]:
+        """Yield what is left as a last block, if anything."""
+        if not self._length:
+            return
+        block = AcquisitionBlock(
+            _joined(self._heads), _joined(self._data), _joined(self._trajectories), self._first
+        )
+        self._heads, self._data, self._trajectories = [], [], []
+        self._first += self._length
+        self._length = 0
+        yield block
+
+    def skip(self, acquisitions: int) -> None:
+        """Count acquisitions that went past the builder: ``first`` stays the number within the scan."""
+        self._first += acquisitions
+
+
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
+
+def _joined(parts: list[NDArray[_Scalar]]) -> NDArray[_Scalar]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def blocks_of(acquisitions: Iterable[ismrmrd.Acquisition | AcquisitionBlock]) -> Iterator[AcquisitionBlock]:
+    """Cut a stream of single acquisitions into blocks by the rule of ``BlockBuilder``.
+
+    Blocks pass through as they are.
+    """
+    builder = BlockBuilder()
     for item in acquisitions:
         if isinstance(item, AcquisitionBlock):
-            if heads:
-                yield block()
-                heads, data, trajectories = [], [], []
-            count += len(item)
+            yield from builder.finish()
+            builder.skip(len(item))
             yield item
             continue
-        item_shape = (*item.data.shape, item.traj.shape[1])
-        if heads and (item_shape != shape or len(heads) == BLOCK_LENGTH):
-            yield block()
-            heads, data, trajectories = [], [], []
-        if not heads:
-            first, shape = count, item_shape
-        heads.append(np.frombuffer(item.getHead(), dtype=HEADER_DTYPE))
-        data.append(item.data)
-        trajectories.append(item.traj)
-        count += 1
-    if heads:
-        yield block()
+        head = np.frombuffer(item.getHead(), dtype=HEADER_DTYPE)
+        yield from builder.add(head, item.data[np.newaxis], item.traj[np.newaxis])
+    yield from builder.finish()
