@@ -44,17 +44,14 @@ class Images(Gadget):
     name: ClassVar[str] = "images"
 
     output: Output = "uint16"
-    """``uint16`` (12 bits as consoles keep them, 0 means no value) or ``float32`` (map units, NaN no value)."""
+    """``uint16`` (12 bits as consoles keep them, 0 means no value) or ``float32`` (map units, else NaN)."""
     layout: Layout = "volume"
     """``volume`` (3D images) or ``slices`` (2D images, ascending along the slice direction)."""
 
-    def __call__(self, items: Iterable[Any], context: Context) -> Iterator[Any]:
-        """Maps to images; anything else passes through."""
-        for item in items:
-            if isinstance(item, Maps):
-                yield from self._images(item, context)
-            else:
-                yield item
+    def __call__(self, items: Iterable[Maps], context: Context) -> Iterator[ismrmrd.Image]:
+        """Images of each ``Maps``, as soon as it comes."""
+        for maps in items:
+            yield from self._images(maps, context)
 
     def _images(self, maps: Maps, context: Context) -> Iterator[ismrmrd.Image]:
         field_of_view = context.encoding.delivered_field_of_view

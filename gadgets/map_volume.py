@@ -98,7 +98,7 @@ def _values(role: str, image: ismrmrd.Image) -> NDArray[np.float32]:
     stored = image.data[0]  # (z, y, x)
     if np.iscomplexobj(stored):
         raise ScanError(f"an image of map {role} is complex; maps are float32 or uint16")
-    values = ((stored.astype(np.float64) - offset) / ratio).astype(np.float32)
+    values: NDArray[np.float32] = ((stored.astype(np.float64) - offset) / ratio).astype(np.float32)
     if stored.dtype == np.uint16 and role not in _BACKGROUND and role != "Image":
         values[stored == 0] = np.nan
     return values
