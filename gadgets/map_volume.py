@@ -31,6 +31,17 @@ class MapVolume:
     """The images that the map was put together from, in the order of z."""
 
     @property
+    def first_voxel(self) -> NDArray[np.float64]:
+        """(3,) centre of voxel (0, 0, 0), patient LPS [mm]."""
+        image = self.images[0]
+        corner = np.array(image.position, np.float64)
+        steps = self.voxel_size[::-1]  # (x, y, z)
+        directions = (image.read_dir, image.phase_dir, image.slice_dir)
+        for points, step, direction in zip(image.matrix_size, steps, directions, strict=True):
+            corner -= (int(points) // 2) * step * np.array(direction, np.float64)
+        return corner
+
+    @property
     def echo_time(self) -> float | None:
         """Echo time [ms] of a magnitude image; None for maps."""
         value = self.images[0].meta.get("EchoTime")
