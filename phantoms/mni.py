@@ -17,9 +17,6 @@ TISSUES = {
 }
 """T1, T2, T2* [s] and relative proton density of the tissues at 3 T, within the ranges of the literature."""
 
-SUSCEPTIBILITY = {CSF: 0.019, GREY_MATTER: 0.020, WHITE_MATTER: -0.030}
-"""Magnetic susceptibility of the tissues [ppm]."""
-
 VARIATION = {"t1": 0.05, "t2": 0.05, "t2star": 0.07, "pd": 0.04}
 """Relative smooth variation within each tissue, so that maps are not piecewise constant."""
 
@@ -57,9 +54,6 @@ def mni_brain() -> Anatomy:
         for label, tissue in TISSUES.items():
             values[labels == label] = tissue[name]
         maps[name] = values * (1 + amount * smooth_texture(brain.shape, scale=25.0, seed=number))
-    chi = np.zeros(brain.shape, dtype=np.float32)
-    for label, value in SUSCEPTIBILITY.items():
-        chi[labels == label] = value
     # Variations of T2 and T2* are independent; relaxation by field inhomogeneity cannot be negative.
     maps["t2star"] = np.minimum(maps["t2star"], 0.95 * maps["t2"])
     return Anatomy(
@@ -67,7 +61,6 @@ def mni_brain() -> Anatomy:
         t2=maps["t2"],
         t2star=maps["t2star"],
         pd=maps["pd"],
-        chi=chi,
         labels=labels,
         mask=brain,
         voxel_size=(1e-3, 1e-3, 1e-3),

@@ -59,7 +59,7 @@ def random_sampling(
     grid: tuple[int, int],
     frames: int,
     acceleration: float,
-    seed: int,
+    seed: int | list[int],
     *,
     calibration: str = "embedded",
     calibration_frame: int = 0,

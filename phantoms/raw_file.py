@@ -1,0 +1,72 @@
+"""Writing ISMRMRD raw files in bulk: many acquisitions a call, memory bounded by the call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+import h5py
+import ismrmrd
+import numpy as np
+from ismrmrd.hdf5 import acquisition_dtype
+from numpy.typing import NDArray
+
+GROUP = "dataset"
+ROWS_PER_CHUNK = 128
+
+
+class RawFile:
+    """An ISMRMRD file that is being written; use as a context manager."""
+
+    def __init__(self, path: Path, header: ismrmrd.xsd.ismrmrdHeader) -> None:
+        """Create the file and write the header.
+
+        Args:
+            path: file to create; an existing one is replaced.
+            header: the scan's header.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        self.file = h5py.File(path, "w")
+        group = self.file.create_group(GROUP)
+        xml = group.create_dataset("xml", (1,), dtype=h5py.special_dtype(vlen=bytes))
+        xml[0] = ismrmrd.xsd.ToXML(header).encode()
+        self.data = group.create_dataset(
+            "data", (0,), maxshape=(None,), dtype=acquisition_dtype, chunks=(ROWS_PER_CHUNK,)
+        )
+
+    def append(self, head: NDArray[np.void], samples: NDArray[np.complex64]) -> None:
+        """Write acquisitions.
+
+        Args:
+            head: (n,) acquisition headers; number of samples, channels and scan counter are set here.
+            samples: (n, c, sample) complex64.
+
+        Raises:
+            OSError: if the disk is full.
+        """
+        count, channels, points = samples.shape
+        start = self.data.shape[0]
+        head = head.copy()
+        head["number_of_samples"] = points
+        head["active_channels"] = channels
+        head["available_channels"] = channels
+        head["scan_counter"] = start + np.arange(count)
+        rows = np.zeros(count, dtype=acquisition_dtype)
+        rows["head"] = head
+        numbers = np.ascontiguousarray(samples, dtype=np.complex64).reshape(count, -1).view(np.float32)
+        no_trajectory = np.zeros(0, dtype=np.float32)
+        for row in range(count):
+            rows["traj"][row] = no_trajectory
+            rows["data"][row] = numbers[row]
+        self.data.resize(start + count, axis=0)
+        self.data[start:] = rows
+
+    def __enter__(self) -> RawFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()

@@ -1,0 +1,64 @@
+"""Ground truth on the scan grid: what a perfect scan of the object should measure."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantitron.phantoms.anatomy import CSF, GREY_MATTER, SPHERES, WHITE_MATTER
+from quantitron.phantoms.scene import Scene, scan_mask
+from quantitron.recon.data import SEQUENCE_MAPS
+
+TISSUES = {"wm": WHITE_MATTER, "gm": GREY_MATTER, "csf": CSF}
+
+
+def truth_maps(scene: Scene, sequence: str) -> dict[str, NDArray[np.float32]]:
+    """Maps of the sequence, mask and tissues of one slab.
+
+    A scan voxel averages its fine voxels: ``t1``, ``t2``, ``t2star`` and ``b0`` are means weighted by |pd|,
+    ``pd`` and ``phase`` are modulus and angle of the mean complex pd. With supersampling 1 they are the
+    object's own maps. ``mask`` holds voxels of which at least half lies in the object's mask; ``wm``, ``gm``,
+    ``csf`` are the fractions of each tissue; ``spheres`` numbers the sphere that fills a voxel completely.
+
+    Args:
+        scene: the object.
+        sequence: decides which maps.
+
+    Returns:
+        Name -> (z, y, x) float32 on the scan grid in s, Hz, rad; NaN where there is no signal.
+    """
+    weight = np.abs(scene.pd.numpy())
+    total = scene.block_mean(scene.embed(weight))
+    air = total == 0
+    divisor = np.where(air, 1, total)
+    complex_pd = scene.block_mean(scene.embed(scene.pd))
+    maps: dict[str, NDArray[np.float32]] = {}
+    for name in SEQUENCE_MAPS[sequence]:
+        if name == "pd":
+            values = np.abs(complex_pd)
+        elif name == "phase":
+            values = np.angle(complex_pd)
+        else:
+            values = scene.block_mean(scene.embed(weight * scene.parameters[name].numpy())) / divisor
+        maps[name] = np.where(air, np.nan, values).astype(np.float32)
+    if scene.fine.chi is not None:
+        maps["chi"] = scene.block_mean(scene.fine.chi.astype(np.float32))
+    maps["mask"] = scan_mask(scene).astype(np.float32)
+    labels = scene.fine.labels
+    if (labels > SPHERES).any():
+        maps["spheres"] = _full_spheres(scene)
+    elif (labels > 0).any():
+        for name, label in TISSUES.items():
+            maps[name] = scene.block_mean((labels == label).astype(np.float32))
+    return maps
+
+
+def _full_spheres(scene: Scene) -> NDArray[np.float32]:
+    """Sphere numbers, 0 where a voxel is not of one sphere alone."""
+    q = scene.supersampling
+    nz, ny, nx = scene.matrix
+    blocks = scene.fine.labels.reshape(nz, q, ny, q, nx, q)
+    lowest, highest = blocks.min(axis=(1, 3, 5)), blocks.max(axis=(1, 3, 5))
+    return np.where((lowest == highest) & (lowest > SPHERES), lowest.astype(np.int64) - SPHERES, 0).astype(
+        np.float32
+    )
