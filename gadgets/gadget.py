@@ -36,6 +36,8 @@ class Context:
     """Set before data flow by the basis gadget where the protocol alone determines the basis."""
     needs_lines: bool = False
     """Set before data flow by the reconstruct gadget where its solver wants the sampled lines too."""
+    noise_known: bool = False
+    """Whether the samples were whitened with a noise scan; set by noise_adjust at the first imaging line."""
     geometry: dict[int, NDArray[np.void]] = field(default_factory=dict)
     """Slice -> acquisition header (``HEADER_DTYPE`` scalar) of its first imaging line; set by accumulate."""
     notes: list[str] = field(default_factory=list)

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
-import ismrmrd
 import ismrmrd.xsd as xsd
 from xsdata.exceptions import ParserError
 from xsdata.formats.dataclass.parsers import XmlParser
@@ -94,7 +93,7 @@ def make_context(
 
 
 def counter_limit(header: xsd.ismrmrdHeader, counter: str) -> xsd.limitType | None:
-    """``encodingLimits`` of an ISMRMRD counter (``kspace_encode_step_1``, ``slice``, ...); None where absent."""
+    """``encodingLimits`` of a counter (``kspace_encode_step_1``, ``slice``, ...); None where absent."""
     if not header.encoding or header.encoding[0].encodingLimits is None:
         return None
     name = counter.replace("kspace_encode_step", "kspace_encoding_step")
@@ -103,7 +102,7 @@ def counter_limit(header: xsd.ismrmrdHeader, counter: str) -> xsd.limitType | No
 
 
 def counter_length(header: xsd.ismrmrdHeader, counter: str | None) -> int | None:
-    """Number of values that ``encodingLimits`` allows a counter; None where it says nothing, 1 for no counter."""
+    """Values that ``encodingLimits`` allows a counter; None where it says nothing, 1 for no counter."""
     if counter is None:
         return 1
     limit = counter_limit(header, counter)
@@ -145,8 +144,8 @@ def phase_encoding(
 
     if not fits(centre) and fits(points // 2):
         notes.append(
-            f"encodingLimits puts the centre of {counter} at {centre}, which leaves lines outside the matrix of "
-            f"{points}; the middle {points // 2} is used"
+            f"encodingLimits puts the centre of {counter} at {centre}, which leaves lines outside the matrix "
+            f"of {points}; the middle {points // 2} is used"
         )
         centre = points // 2
     return PhaseEncoding(counter, points, centre, first, last)
@@ -339,7 +338,7 @@ def _match(given: int, allowed: int | None, name: str, counter: str | None) -> N
 def _preparations(header: xsd.ismrmrdHeader, notes: list[str]) -> tuple[tuple[float, ...], float | None]:
     """T2-preparation times [s] and inversion efficiency from the user parameters."""
     user = preparation_parameters(header)
-    durations = []
+    durations: list[float] = []
     while (value := user.get(f"T2PrepDuration_{len(durations)}")) is not None:
         durations.append(value)
     if not durations:

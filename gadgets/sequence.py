@@ -47,8 +47,9 @@ def preparation_parameters(header: ismrmrd.xsd.ismrmrdHeader) -> dict[str, float
 def detect_sequence(header: ismrmrd.xsd.ismrmrdHeader, wanted: str = "auto") -> tuple[str, str | None]:
     """Name the sequence by the contract of DESIGN.md.
 
-    The property comes first, then ``sequence_type``, then ``protocolName`` where they contain a known name, then
-    what the header shows: trajectory other than Cartesian, T2 preparations, several flip angles, several echoes.
+    The property comes first, then ``sequence_type``, then ``protocolName`` where they contain a known name,
+    then what the header shows: trajectory other than Cartesian, T2 preparations, several flip angles, several
+    echoes.
 
     Args:
         header: the scan's header.
@@ -69,7 +70,8 @@ def detect_sequence(header: ismrmrd.xsd.ismrmrdHeader, wanted: str = "auto") -> 
         )
     if trajectory is not None and trajectory.value != "cartesian":
         raise ScanError(
-            f"the header's trajectory is '{trajectory.value}', but {name} is reconstructed from Cartesian data only"
+            f"the header's trajectory is '{trajectory.value}', but {name} is reconstructed from Cartesian data "
+            "only"
         )
     return name, note
 
@@ -127,12 +129,14 @@ def contrast_axes(sequence: str, override: str = "") -> dict[str, str]:
             axis = "ti"
         if not equals or axis not in axes:
             raise ScanError(
-                f"property 'axes' has '{part}', but {sequence} has the axes {', '.join(axes)} (write axis=counter)"
+                f"property 'axes' has '{part}', but {sequence} has the axes {', '.join(axes)} "
+                "(write axis=counter)"
             )
         if counter not in CONTRAST_COUNTERS:
             near = difflib.get_close_matches(counter, CONTRAST_COUNTERS, n=1, cutoff=0)
             raise ScanError(
-                f"property 'axes' names the counter '{counter}', which cannot carry a contrast (nearest: {near[0]})"
+                f"property 'axes' names the counter '{counter}', which cannot carry a contrast "
+                f"(nearest: {near[0]})"
             )
         axes[axis] = counter
     if len(set(axes.values())) < len(axes):

@@ -318,3 +318,5 @@ class ScanData:
     calibration: Calibration | None
     noise_known: bool
     """Whether the samples were whitened with a noise scan."""
+    energy: tuple[float, ...]
+    """Sum of |s|^2 over the acquired samples of each slice, (s,)."""

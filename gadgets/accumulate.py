@@ -1,0 +1,238 @@
+"""Gadget ``accumulate``: the stream of lines becomes the 6D k-space, or its reduced form while the scan runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from quantitron.gadgets.acquisition_block import AcquisitionBlock, blocks_of
+from quantitron.gadgets.acquisition_kind import CALIBRATION, IMAGING_TOO, LAST, NAVIGATOR, flagged, of_scan
+from quantitron.gadgets.errors import ScanError
+from quantitron.gadgets.gadget import Context, Gadget
+from quantitron.gadgets.line_position import PositionReader, Positions
+from quantitron.gadgets.line_store import CalibrationStore, GrowingRows, LineStore, NavigatorStore
+from quantitron.gadgets.scan_coverage import ScanCoverage
+from quantitron.recon.data import ScanData
+from quantitron.recon.gram import GramSum
+
+logger = logging.getLogger("quantitron")
+
+PRODUCT_BYTES = 8 << 20
+"""Size of basis x lines products that is made at once when summing; bounds memory, changes no result."""
+
+
+@dataclass(frozen=True)
+class Accumulate(Gadget):
+    """Gathers the lines of the whole scan and hands on one ``ScanData``.
+
+    Lines may come in any order, repeated or not at all. Repeated lines (the counters ``average`` and
+    ``repetition``, and any that carries no contrast) are averaged and counted.
+    """
+
+    name: ClassVar[str] = "accumulate"
+    sequence: str = "auto"
+    """Name of the sequence, or ``auto`` for what the header says."""
+    axes: str = ""
+    """Counters of the contrast axes, such as ``ti=segment,tau=set,te=contrast``; empty for the sequence's own."""
+    phase_sign: int = 1
+    """-1 where the raw data were stored conjugated."""
+    storage: str = "auto"
+    """``lines`` keeps the sampled lines, ``reduced`` only their Gram form, ``auto`` what the solver needs."""
+    minimum_fraction: float = 0.0
+    """Share of the points of all frames that must have come for a scan to be reconstructed, 0..1."""
+
+    def prepare(self, context: Context) -> None:  # noqa: ARG002
+        """Check the settings.
+
+        Raises:
+            ScanError: if one is out of range.
+        """
+        if self.storage not in ("auto", "lines", "reduced"):
+            raise ScanError(f"accumulate: storage is '{self.storage}'; it must be auto, lines or reduced")
+        if not 0 <= self.minimum_fraction <= 1:
+            raise ScanError(f"accumulate: minimum_fraction is {self.minimum_fraction:g}; it must lie in 0..1")
+
+    def __call__(self, items: Iterable[AcquisitionBlock], context: Context) -> Iterator[ScanData]:
+        """Read the stream to its end and yield its only result.
+
+        Raises:
+            ScanError: for counters beyond their limits, samples that are not finite, a changing number of channels,
+                or too few data; the sentence names the acquisition.
+        """
+        scan: _Scan | None = None
+        for block in blocks_of(items):
+            chosen = of_scan(block, context)
+            if scan is None and chosen.any():
+                scan = _Scan(self, context, block)
+            # What follows the end of the measurement is read, so that the sender can finish, but not used.
+            if scan is not None and not scan.ended:
+                scan.add(block, chosen)
+        if scan is None:
+            raise ScanError("the scan ended without a single imaging line")
+        yield scan.finish()
+
+
+class _Scan:
+    """The stores of one scan in progress."""
+
+    def __init__(self, settings: Accumulate, context: Context, block: AcquisitionBlock) -> None:
+        """Preallocate for lines of the shape of ``block``."""
+        if not block.hybrid:
+            raise ScanError("the pipeline needs the gadget remove_oversampling before accumulate")
+        channels = block.data.shape[1]
+        self._settings = settings
+        self._context = context
+        self._reader = PositionReader(context)
+        self._shape = context.protocol.contrast_shape
+        context.encoding = replace(context.encoding, coils=channels)
+        encoding = context.encoding
+        # Without announced slices the size of the reduced problem is only known at the end.
+        summing = context.basis is not None and settings.storage != "lines" and self._reader.slices_announced
+        if settings.storage == "reduced" and not summing:
+            raise ScanError(
+                "accumulate: storage is 'reduced', which needs a basis known from the protocol and the number of "
+                "slices in the header (encodingLimits.slice)"
+            )
+        self._gram: GramSum | None = None
+        self._lines: LineStore | None = None
+        if summing and context.basis is not None:
+            self._gram = GramSum(
+                context.basis, (encoding.slices, *encoding.matrix), context.protocol.echoes, channels
+            )
+        if self._gram is None or context.needs_lines:
+            self._lines = LineStore(encoding.matrix, self._shape, channels, encoding.matrix[2])
+        self._navigators = NavigatorStore(channels, encoding.matrix[2])
+        self._navigator_place: tuple[int, int] | None = None
+        self._calibration: CalibrationStore | None = None
+        self._calibration_frame: tuple[int, int] | None = None
+        self._energy = GrowingRows((), np.float64)
+        self._slice = GrowingRows((), np.int64)
+        self._coverage = ScanCoverage(context.protocol, encoding)
+        self.ended = False
+
+    def add(self, block: AcquisitionBlock, chosen: NDArray[np.bool_]) -> None:
+        """Sort the lines of a block into the stores."""
+        last = flagged(block, LAST)
+        if last.any():
+            self.ended = True
+            end = int(last.argmax()) + 1
+            chosen = chosen & (np.arange(len(block)) < end)
+        if not chosen.any():
+            return
+        self._check_shape(block, chosen)
+        navigator = chosen & flagged(block, NAVIGATOR)
+        calibration = chosen & flagged(block, CALIBRATION) & ~navigator
+        imaging = chosen & ~navigator & (~calibration | flagged(block, IMAGING_TOO))
+        energy = _energy(block)
+        finite = np.isfinite(energy) | ~chosen
+        if not finite.all():
+            raise ScanError(
+                f"acquisition {block.first + int(finite.argmin())} has samples that are not finite numbers"
+            )
+        if navigator.any():
+            self._add_navigators(block, navigator)
+        if calibration.any():
+            self._add_calibration(block, calibration)
+        if imaging.any():
+            self._add_imaging(block, imaging, energy)
+
+    def _check_shape(self, block: AcquisitionBlock, chosen: NDArray[np.bool_]) -> None:
+        expected = self._context.encoding.coils
+        if block.data.shape[1] != expected:
+            raise ScanError(
+                f"acquisition {block.first + int(chosen.argmax())} has {block.data.shape[1]} channels, "
+                f"the ones before have {expected}"
+            )
+
+    def _add_navigators(self, block: AcquisitionBlock, chosen: NDArray[np.bool_]) -> None:
+        at, in_frame, _ = self._reader.other(block)
+        if self._navigator_place is None:
+            first = int(chosen.argmax())
+            self._navigator_place = int(at.kz[first]), int(at.ky[first])
+        kept = chosen & in_frame & (at.kz == self._navigator_place[0]) & (at.ky == self._navigator_place[1])
+        if (chosen & ~kept).any():
+            self._context.note("navigator lines of other positions or frames than the scan's were not used")
+        self._navigators.add(block.data[kept], at.contrast[kept], at.echo[kept])
+
+    def _add_calibration(self, block: AcquisitionBlock, chosen: NDArray[np.bool_]) -> None:
+        at, _, on_grid = self._reader.other(block)
+        if self._calibration is None or self._calibration_frame is None:
+            first = int(chosen.argmax())
+            self._calibration_frame = int(at.contrast[first]), int(at.echo[first])
+            encoding = self._context.encoding
+            self._calibration = CalibrationStore(encoding.matrix, encoding.coils, encoding.slices)
+        frame = self._calibration_frame
+        kept = chosen & (at.contrast == frame[0]) & (at.echo == frame[1])
+        if (kept & ~on_grid).any():
+            self._context.note("calibration lines outside the matrix were not used")
+        kept &= on_grid
+        self._calibration.add(block.data[kept], at.slice[kept], at.kz[kept], at.ky[kept])
+
+    def _add_imaging(
+        self, block: AcquisitionBlock, chosen: NDArray[np.bool_], energy: NDArray[np.float64]
+    ) -> None:
+        at = self._reader.imaging(block, chosen)
+        samples = block.data if chosen.all() else block.data[chosen]
+        self._coverage.add(at)
+        self._energy.extend(energy[chosen])
+        self._slice.extend(at.slice)
+        heads = block.head[chosen]
+        for slice_index, row in zip(*np.unique(at.slice, return_index=True), strict=True):
+            if int(slice_index) not in self._context.geometry:
+                self._context.geometry[int(slice_index)] = heads[row : row + 1].copy()[0]
+        if self._lines is not None:
+            self._lines.add(samples, at)
+        if self._gram is not None:
+            self._sum(self._gram, samples, at)
+
+    def _sum(self, gram: GramSum, samples: NDArray[np.complex64], at: Positions) -> None:
+        columns = gram.basis.rank
+        at_once = max(1, PRODUCT_BYTES // (columns * samples[0].nbytes))
+        tensors = [torch.from_numpy(index) for index in (at.contrast, at.echo, at.slice, at.kz, at.ky)]
+        data = torch.from_numpy(samples)
+        for start in range(0, len(samples), at_once):
+            part = slice(start, start + at_once)
+            gram.add(data[part], *(index[part] for index in tensors), energy=0.0)
+
+    def finish(self) -> ScanData:
+        """Judge whether enough came, and hand over."""
+        if not self._coverage.lines:
+            raise ScanError("the scan ended without a single imaging line")
+        slices = max(self._context.encoding.slices, int(self._slice.rows.max()) + 1)
+        self._context.encoding = replace(self._context.encoding, slices=slices)
+        self._coverage.judge(
+            self._context,
+            (self._reader.partitions, self._reader.lines),
+            ended=self.ended,
+            minimum_fraction=self._settings.minimum_fraction,
+        )
+        # The sum over slices, then lines in order of arrival, is the same however the stream was cut.
+        energy = tuple(
+            float(value) for value in np.bincount(self._slice.rows, self._energy.rows, minlength=slices)
+        )
+        reduced = None
+        if self._gram is not None:
+            reduced = replace(self._gram.result(), energy=sum(energy))
+        return ScanData(
+            kspace=self._lines.finish(sum(energy), slices) if self._lines is not None else None,
+            reduced=reduced,
+            navigator=self._navigators.finish(),
+            calibration=self._calibration.finish(slices) if self._calibration is not None else None,
+            noise_known=self._context.noise_known,
+            energy=energy,
+        )
+
+
+def _energy(block: AcquisitionBlock) -> NDArray[np.float64]:
+    """(n,) sum of |s|^2 of each line."""
+    flat = np.ascontiguousarray(block.data).reshape(len(block), -1).view(np.float32)
+    energy: NDArray[np.float64] = np.matmul(flat[:, np.newaxis, :], flat[:, :, np.newaxis])[:, 0, 0].astype(
+        np.float64
+    )
+    return energy

@@ -1,0 +1,69 @@
+"""What an acquisition is for, from its flags (SCANNER.md section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import ismrmrd
+import numpy as np
+from numpy.typing import NDArray
+
+from quantitron.gadgets.acquisition_block import AcquisitionBlock
+from quantitron.gadgets.gadget import Context
+
+
+def _bits(*flags: int) -> np.uint64:
+    return np.uint64(sum(1 << (flag - 1) for flag in flags))
+
+
+NOISE = _bits(ismrmrd.ACQ_IS_NOISE_MEASUREMENT)
+NAVIGATOR = _bits(ismrmrd.ACQ_IS_NAVIGATION_DATA)
+CALIBRATION = _bits(ismrmrd.ACQ_IS_PARALLEL_CALIBRATION, ismrmrd.ACQ_IS_PARALLEL_CALIBRATION_AND_IMAGING)
+IMAGING_TOO = _bits(ismrmrd.ACQ_IS_PARALLEL_CALIBRATION_AND_IMAGING)
+REVERSE = _bits(ismrmrd.ACQ_IS_REVERSE)
+LAST = _bits(ismrmrd.ACQ_LAST_IN_MEASUREMENT)
+UNUSED = _bits(
+    ismrmrd.ACQ_IS_PHASECORR_DATA,
+    ismrmrd.ACQ_IS_HPFEEDBACK_DATA,
+    ismrmrd.ACQ_IS_DUMMYSCAN_DATA,
+    ismrmrd.ACQ_IS_RTFEEDBACK_DATA,
+    ismrmrd.ACQ_IS_SURFACECOILCORRECTIONSCAN_DATA,
+    ismrmrd.ACQ_IS_PHASE_STABILIZATION_REFERENCE,
+    ismrmrd.ACQ_IS_PHASE_STABILIZATION,
+)
+"""Lines that are neither image, calibration, navigator nor noise."""
+
+
+def flagged(block: AcquisitionBlock, bits: np.uint64) -> NDArray[np.bool_]:
+    """(n,) whether any of ``bits`` is set."""
+    chosen: NDArray[np.bool_] = (block.head["flags"] & bits) != 0
+    return chosen
+
+
+def of_scan(block: AcquisitionBlock, context: Context) -> NDArray[np.bool_]:
+    """(n,) imaging, calibration and navigator lines of the first encoding space.
+
+    Lines of other encoding spaces (separate reference scans) have grids of their own; leaving them out is noted.
+    """
+    used = ~flagged(block, UNUSED | NOISE)
+    elsewhere = used & (block.head["encoding_space_ref"] != 0)
+    if elsewhere.any():
+        context.note("lines of other encoding spaces than the first are not used")
+    chosen: NDArray[np.bool_] = used & ~elsewhere
+    return chosen
+
+
+def runs(block: AcquisitionBlock, chosen: NDArray[np.bool_]) -> Iterator[AcquisitionBlock]:
+    """The chosen acquisitions as blocks of neighbours, so that each block's numbering stays true."""
+    if chosen.all():
+        yield block
+        return
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], chosen, [False]))))
+    for start, end in zip(edges[::2], edges[1::2], strict=True):
+        yield AcquisitionBlock(
+            block.head[start:end],
+            block.data[start:end],
+            block.trajectory[start:end],
+            block.first + int(start),
+            block.hybrid,
+        )

@@ -1,0 +1,413 @@
+"""From samples as they come off the receiver to whitened lines in hybrid space (image space along the readout).
+
+Every gadget here works on blocks, and every acquisition's result depends on that acquisition and on what was
+decided before it alone, so that the way in which a stream is cut into blocks does not change one bit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from quantitron.gadgets.acquisition_block import AcquisitionBlock, blocks_of
+from quantitron.gadgets.acquisition_kind import NOISE, REVERSE, flagged, of_scan, runs
+from quantitron.gadgets.errors import ScanError
+from quantitron.gadgets.gadget import Context, Gadget
+from quantitron.gadgets.header import encoded_readout, phase_encoding
+
+logger = logging.getLogger("quantitron")
+
+ENOUGH_NOISE = 4
+"""Noise samples for each channel below which correlations between channels are not estimated."""
+
+
+def _tensor(array: NDArray[np.complex64]) -> torch.Tensor:
+    """The array's memory as a tensor; torch cannot hold read-only memory."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _mix(matrix: NDArray[np.complex64], data: NDArray[np.complex64]) -> NDArray[np.complex64]:
+    """Mix channels: (k, c) times (n, c, x)."""
+    mixed: NDArray[np.complex64] = torch.matmul(torch.from_numpy(matrix), _tensor(data)).numpy()
+    return mixed
+
+
+# ---------------------------------------------------------------------------------------------- noise adjustment
+
+
+@dataclass(frozen=True)
+class NoiseAdjust(Gadget):
+    """Whitens the channels with the noise scan: afterwards E|n|^2 = 1 for each complex sample (Roemer 1990).
+
+    Noise lines count from the start of the stream to the first line of the scan proper. Without any, lines pass
+    as they are and ``context.noise_known`` stays False.
+    """
+
+    name: ClassVar[str] = "noise_adjust"
+    receiver_bandwidth_ratio: float = 0.793
+    """Noise bandwidth of a receiver over its sampling bandwidth, where the header does not give it."""
+
+    def __call__(self, items: Iterable[AcquisitionBlock], context: Context) -> Iterator[AcquisitionBlock]:
+        """Whiten blocks.
+
+        Raises:
+            ScanError: if noise samples are not finite, or the number of channels changes.
+        """
+        noise: list[AcquisitionBlock] = []
+        whitening: _Whitening | None = None
+        begun = False
+        for block in blocks_of(items):
+            is_noise = flagged(block, NOISE)
+            chosen = of_scan(block, context)
+            if not begun:
+                begin = int(chosen.argmax()) if chosen.any() else len(block)
+                early = is_noise & (np.arange(len(block)) < begin)
+                noise.extend(runs(block, early) if early.any() else ())
+                if not chosen.any():
+                    continue
+                begun = True
+                whitening = self._whitening(noise, context)
+                noise = []
+                is_noise = is_noise & ~early
+            if is_noise.any():
+                context.note("noise lines that came after the first imaging line were not used")
+            for run in runs(block, chosen):
+                yield whitening.apply(run) if whitening is not None else run
+
+    def _whitening(self, noise: list[AcquisitionBlock], context: Context) -> _Whitening | None:
+        if not noise:
+            context.note(
+                "the scan has no noise lines: channels are not whitened and the noise level is not known"
+            )
+            return None
+        channels = noise[0].data.shape[1]
+        for block in noise:
+            if block.data.shape[1] != channels:
+                raise ScanError(
+                    f"noise acquisition {block.first} has {block.data.shape[1]} channels, the ones before {channels}"
+                )
+            finite = np.isfinite(block.data).all(axis=(1, 2))
+            if not finite.all():
+                raise ScanError(
+                    f"noise acquisition {block.first + int(finite.argmin())} has samples that are not finite numbers"
+                )
+        samples = np.concatenate(
+            [block.data.transpose(1, 0, 2).reshape(channels, -1) for block in noise], axis=1
+        ).astype(np.complex128)  # (c, noise sample)
+        covariance = samples @ samples.conj().T / samples.shape[1]  # E[n n^H]
+        variance = covariance.diagonal().real
+        alive = variance > 1e-12 * variance.max()
+        if not alive.any():
+            context.note(
+                "the noise lines hold no noise: channels are not whitened and the noise level is not known"
+            )
+            return None
+        if not alive.all():
+            context.note(f"{int((~alive).sum())} of {channels} channels have no noise and are left out")
+            # A channel without noise would get infinite weight; it is switched off instead.
+            covariance[~alive, :], covariance[:, ~alive] = 0, 0
+            covariance[~alive, ~alive] = 1
+        if samples.shape[1] < ENOUGH_NOISE * channels:
+            context.note(
+                f"the noise scan has {samples.shape[1]} samples for {channels} channels: "
+                "correlations between channels are not taken out"
+            )
+            covariance = np.diag(covariance.diagonal())
+        matrix = np.linalg.inv(np.linalg.cholesky(covariance))
+        matrix[~alive] = 0
+        system = context.header.acquisitionSystemInformation
+        given = system.relativeReceiverNoiseBandwidth if system is not None else None
+        ratio = float(given) if given and given > 0 else self.receiver_bandwidth_ratio
+        dwell = float(noise[0].head["sample_time_us"][0])
+        if not dwell > 0:
+            context.note("the noise lines have no sampling time: taken as that of the imaging lines")
+        context.noise_known = True
+        return _Whitening(matrix, dwell, ratio)
+
+
+@dataclass(frozen=True)
+class _Whitening:
+    matrix: NDArray[np.complex128]
+    """(c, c) inverse Cholesky factor of the noise covariance."""
+    dwell: float
+    """Sampling time of the noise lines [us]; 0 where not known."""
+    ratio: float
+    """Receiver noise bandwidth over sampling bandwidth."""
+
+    def apply(self, block: AcquisitionBlock) -> AcquisitionBlock:
+        if block.data.shape[1] != len(self.matrix):
+            raise ScanError(
+                f"acquisition {block.first} has {block.data.shape[1]} channels, the noise scan has {len(self.matrix)}"
+            )
+        dwells = block.head["sample_time_us"]
+        if (dwells == dwells[0]).all():
+            return replace(block, data=_mix(self._scaled(float(dwells[0])), block.data))
+        data = np.empty_like(block.data)
+        for dwell in np.unique(dwells):
+            data[dwells == dwell] = _mix(self._scaled(float(dwell)), block.data[dwells == dwell])
+        return replace(block, data=data)
+
+    def _scaled(self, dwell: float) -> NDArray[np.complex64]:
+        # Noise variance goes with bandwidth, so with one over the sampling time.
+        known = dwell > 0 and self.dwell > 0
+        factor = (dwell / self.dwell if known else 1.0) * self.ratio
+        return (self.matrix * np.sqrt(factor)).astype(np.complex64)
+
+
+# ------------------------------------------------------------------------------------------ readout oversampling
+
+
+@dataclass(frozen=True)
+class RemoveOversampling(Gadget):
+    """Places each readout on the encoded grid, Fourier transforms it and crops it to the delivered readout.
+
+    Lines end in hybrid space (``AcquisitionBlock.hybrid``): unitary centred inverse transform, voxel n/2 at the
+    centre. What was not sampled (asymmetric echo, discarded samples) is zero. Reversed lines are turned round
+    first and ``center_sample`` then counts as for a forward line; writers that count it from the other end are
+    recognised by the centre of the forward lines. Non-Cartesian readouts pass as they are.
+    """
+
+    name: ClassVar[str] = "remove_oversampling"
+
+    def __call__(self, items: Iterable[AcquisitionBlock], context: Context) -> Iterator[AcquisitionBlock]:
+        """Transform blocks.
+
+        Raises:
+            ScanError: if a line has far more samples than the encoded matrix, or none.
+        """
+        if context.encoding.trajectory != "cartesian":
+            yield from items
+            return
+        readout = _Readout(encoded_readout(context.header), context.encoding.matrix[2], context)
+        for block in blocks_of(items):
+            for run in runs(block, of_scan(block, context)):
+                yield readout.transform(run)
+
+
+class _Readout:
+    """Placement and transform of the lines of one scan."""
+
+    def __init__(self, encoded: int, kept: int, context: Context) -> None:
+        self._encoded = encoded
+        self._kept = kept
+        self._context = context
+        self._forward_centre: int | None = None
+        self._work = torch.empty(0, dtype=torch.complex64)
+        self._image = torch.empty(0, dtype=torch.complex64)
+
+    def transform(self, block: AcquisitionBlock) -> AcquisitionBlock:
+        """(n, c, sample) to (n, c, x)."""
+        n, c, _ = block.data.shape
+        shape = (n, c, self._encoded)
+        if self._work.shape != shape:
+            self._work = torch.empty(shape, dtype=torch.complex64)
+            self._image = torch.empty(shape, dtype=torch.complex64)
+        self._place(block, self._work.numpy())
+        torch.fft.ifft(self._work, norm="ortho", out=self._image)
+        image = self._image.numpy()
+        # The transform's zero position comes first; the delivered voxel kept/2 is that one.
+        half = self._kept // 2
+        data = np.empty((n, c, self._kept), dtype=np.complex64)
+        data[..., :half] = image[..., self._encoded - half :]
+        data[..., half:] = image[..., : self._kept - half]
+        return replace(block, data=data, hybrid=True)
+
+    def _place(self, block: AcquisitionBlock, work: NDArray[np.complex64]) -> None:
+        """Write samples where the transform wants them: k = 0 first, negative k from the end."""
+        samples = block.data.shape[2]
+        if samples == 0 or samples > 1.25 * self._encoded:
+            raise ScanError(
+                f"acquisition {block.first} has {samples} samples, but the header's encoded matrix has "
+                f"{self._encoded} along the readout"
+            )
+        reverse = flagged(block, REVERSE)
+        layout = np.stack(
+            [
+                block.head["discard_pre"].astype(np.int64),
+                block.head["discard_post"].astype(np.int64),
+                self._centres(block, reverse),
+                reverse.astype(np.int64),
+            ],
+            axis=1,
+        )
+        if (layout == layout[0]).all():
+            self._place_alike(block.data, layout[0], work, block.first)
+            return
+        kinds, kind = np.unique(layout, axis=0, return_inverse=True)
+        kind = kind.reshape(-1)
+        for number, one in enumerate(kinds):
+            rows = kind == number
+            part = np.empty((int(rows.sum()), *work.shape[1:]), dtype=np.complex64)
+            self._place_alike(block.data[rows], one, part, block.first + int(rows.argmax()))
+            work[rows] = part
+
+    def _centres(self, block: AcquisitionBlock, reverse: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """(n,) sample at k = 0, after reversed lines are turned round."""
+        samples = block.data.shape[2]
+        centre = block.head["center_sample"].astype(np.int64)
+        centre = np.where(centre >= samples, samples // 2, centre)
+        start = self._encoded // 2 - centre
+        lost = np.maximum(-start, 0) + np.maximum(start + samples - self._encoded, 0)
+        wrong = (lost > samples // 4) & (samples <= self._encoded)
+        if wrong.any():
+            self._context.note(
+                f"center_sample {int(centre[wrong.argmax()])} would leave much of a readout of {samples} samples "
+                "outside the encoded matrix; the echo is taken as centred"
+            )
+            centre = np.where(wrong, samples // 2, centre)
+        forward = np.flatnonzero(~reverse)
+        known_from = 0
+        if self._forward_centre is None:
+            known_from = int(forward[0]) if len(forward) else len(block)
+            if len(forward):
+                self._forward_centre = int(centre[forward[0]])
+        if self._forward_centre is not None and reverse.any():
+            mirrored = (samples - 1 - centre == self._forward_centre) | (
+                samples - centre == self._forward_centre
+            )
+            from_the_end = reverse & mirrored & (np.arange(len(block)) >= known_from)
+            centre = np.where(from_the_end, self._forward_centre, centre)
+        return centre
+
+    def _place_alike(
+        self, data: NDArray[np.complex64], layout: NDArray[np.int64], work: NDArray[np.complex64], number: int
+    ) -> None:
+        """Place lines of one layout (discard_pre, discard_post, centre, reversed) into ``work`` (n, c, encoded)."""
+        samples = data.shape[2]
+        pre, post, centre, reverse = (int(value) for value in layout)
+        if reverse:
+            data, pre, post = data[..., ::-1], post, pre
+        first = max(pre - centre, -(self._encoded // 2))  # k of the first sample that is kept
+        last = min(samples - post - centre, (self._encoded + 1) // 2)  # and one past the last
+        if last <= first:
+            raise ScanError(
+                f"acquisition {number} keeps none of its {samples} samples (discard_pre {pre}, discard_post {post})"
+            )
+        if last - first < self._encoded:
+            self._context.note(
+                f"readouts cover {last - first} of {self._encoded} encoded samples; the others are zero"
+            )
+            work[...] = 0
+        split = min(max(first, 0), last)
+        if first < 0:
+            negative = min(last, 0)
+            work[..., self._encoded + first : self._encoded + negative] = data[
+                ..., first + centre : negative + centre
+            ]
+        if last > 0:
+            work[..., split:last] = data[..., split + centre : last + centre]
+
+
+# ---------------------------------------------------------------------------------------------- coil compression
+
+
+@dataclass(frozen=True)
+class CompressCoils(Gadget):
+    """Combines channels into fewer virtual ones by SVD (Buehrer 2007). Rows are orthonormal: white noise stays white.
+
+    The combination comes from the lines up to one near the k-space centre (lines at the edge are mostly noise), and
+    from at least ``lines`` of them; they wait until then.
+    """
+
+    name: ClassVar[str] = "compress_coils"
+    coils: int = 0
+    """Virtual channels; 0 leaves the channels as they are."""
+    lines: int = 128
+    """Fewest lines that the combination is taken from."""
+    longest_wait: int = 4096
+    """Most lines that wait for one near the centre of k-space."""
+
+    def prepare(self, context: Context) -> None:  # noqa: ARG002
+        """Check the settings.
+
+        Raises:
+            ScanError: if a number is negative, or no line may wait.
+        """
+        if self.coils < 0 or self.lines < 1 or self.longest_wait < 1:
+            raise ScanError("compress_coils: coils must be 0 or more, lines and longest_wait 1 or more")
+
+    def __call__(self, items: Iterable[AcquisitionBlock], context: Context) -> Iterator[AcquisitionBlock]:
+        """Compress blocks.
+
+        Raises:
+            ScanError: if the number of channels changes, or the first lines are not finite.
+        """
+        if self.coils == 0:
+            yield from items
+            return
+        waiting: list[AcquisitionBlock] = []
+        count, central = 0, False
+        matrix: NDArray[np.complex64] | None = None
+        for whole in blocks_of(items):
+            for block in runs(whole, of_scan(whole, context)):
+                if matrix is not None:
+                    yield self._compress(block, matrix)
+                    continue
+                waiting.append(block)
+                near = self._near_centre(block, context)
+                # The line that completes the set decides, not the block that holds it.
+                seen = np.arange(count + 1, count + len(block) + 1)
+                ready = ((seen >= self.lines) & (np.maximum.accumulate(near) | central)) | (
+                    seen >= self.longest_wait
+                )
+                count += len(block)
+                central = central or bool(near.any())
+                if ready.any():
+                    matrix = self._matrix(waiting, int(seen[ready.argmax()]))
+                    for held in waiting:
+                        yield self._compress(held, matrix)
+                    waiting = []
+        if waiting:
+            matrix = self._matrix(waiting, count)
+            for held in waiting:
+                yield self._compress(held, matrix)
+
+    def _near_centre(self, block: AcquisitionBlock, context: Context) -> NDArray[np.bool_]:
+        near = np.ones(len(block), dtype=bool)
+        for axis in (0, 1):
+            lines = phase_encoding(context.header, context.encoding, axis, [])
+            centre = lines.centre if lines.centre is not None else lines.points // 2
+            distance = np.abs(block.head["idx"][lines.counter].astype(np.int64) - centre)
+            near &= distance <= max(1, lines.points // 32)
+        return near
+
+    def _matrix(self, blocks: list[AcquisitionBlock], lines: int) -> NDArray[np.complex64]:
+        """(k, c) with orthonormal rows, from the first ``lines`` lines."""
+        channels = blocks[0].data.shape[1]
+        moment = np.zeros((channels, channels), dtype=np.complex128)
+        for block in blocks:
+            self._check(block, channels)
+            for number, line in enumerate(block.data[: max(0, lines)].astype(np.complex128), block.first):
+                moment += line @ line.conj().T
+                if not np.isfinite(moment).all():
+                    raise ScanError(f"acquisition {number} has samples that are not finite numbers")
+            lines -= len(block)
+        values, vectors = np.linalg.eigh(moment)
+        kept = vectors[:, ::-1][:, : self.coils]
+        # The phase of an eigenvector is arbitrary: its largest entry is made positive.
+        largest = np.take_along_axis(kept, np.abs(kept).argmax(axis=0)[np.newaxis], axis=0)
+        kept = kept * (largest.conj() / np.abs(largest))
+        if values.sum() > 0:
+            logger.info(
+                "%d channels compressed to %d, which keep %.3f %% of the energy",
+                channels,
+                kept.shape[1],
+                100 * values[::-1][: self.coils].sum() / values.sum(),
+            )
+        return np.ascontiguousarray(kept.conj().T.astype(np.complex64))
+
+    def _check(self, block: AcquisitionBlock, channels: int) -> None:
+        if block.data.shape[1] != channels:
+            raise ScanError(
+                f"acquisition {block.first} has {block.data.shape[1]} channels, the ones before have {channels}"
+            )
+
+    def _compress(self, block: AcquisitionBlock, matrix: NDArray[np.complex64]) -> AcquisitionBlock:
+        self._check(block, matrix.shape[1])
+        return replace(block, data=_mix(matrix, block.data))
