@@ -62,7 +62,7 @@ def figure_beside_truth(
     title: str = "",
     slice_index: int | None = None,
 ) -> None:
-    """Write a PNG with a row for each map: truth, estimate and their difference, inside the truth's mask.
+    """Write a PNG with a column for each map: truth, estimate and difference, inside the truth's mask.
 
     Args:
         path: PNG file to write.
@@ -103,7 +103,7 @@ def figure_beside_truth(
                 _Panel("difference", difference, _black_where_missing(cm.vik), (-half, half), unit),
             ]
         )
-    _write(path, rows, maps[roles[0]].voxel_size, title)
+    _write(path, list(zip(*rows, strict=True)), maps[roles[0]].voxel_size, title)
 
 
 def figure_of_maps(
