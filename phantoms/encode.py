@@ -110,9 +110,7 @@ def encode(
     along_z = fourier_matrix(nz, nz, q, low[0], high[0])
     along_y = fourier_matrix(ny, ny, q, low[1], high[1])
     box = tuple(b - a for a, b in zip(low, high, strict=True))
-    flat = torch.from_numpy(
-        np.ravel_multi_index(tuple(p - a for p, a in zip(places, low, strict=True)), box)
-    )
+    flat = torch.from_numpy(np.ravel_multi_index(tuple(p - a for p, a in zip(places, low, strict=True)), box))
     coils, rank = len(scene.coils), len(parts)
     result = torch.empty(len(echoes), nz, ny, rank, coils, box[2], dtype=torch.complex64)
     image = torch.zeros(rank, int(np.prod(box)), dtype=torch.complex64)  # (l, z y x), air stays zero

@@ -168,9 +168,7 @@ def make_scene(
     else:
         b0 = off_resonance(places, fields.b0, random[0])
         if local is not None:
-            whole = Anatomy(
-                pd=local, voxel_size=anatomy.voxel_size, mask=anatomy.mask, labels=anatomy.labels
-            )
+            whole = Anatomy(pd=local, voxel_size=anatomy.voxel_size, mask=anatomy.mask, labels=anatomy.labels)
             b0 = b0 + inside(whole.on_grid(shape, voxel, centre, (height, 0.0, 0.0)).pd)
     b1 = None
     if fine.b1 is not None:

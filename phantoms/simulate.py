@@ -202,9 +202,7 @@ def simulate(
     covariance = deviation**2 * noise_covariance(coils, np.random.default_rng([seed, 3]))
     noise = _Noise(covariance, seed)
 
-    encoding = Encoding(
-        matrix=grid, field_of_view=extent, delivered_matrix=grid, slices=slices, coils=coils
-    )
+    encoding = Encoding(matrix=grid, field_of_view=extent, delivered_matrix=grid, slices=slices, coils=coils)
     header = make_header(
         encoding,
         protocol,
@@ -252,7 +250,9 @@ def _pass_samples(
     encoded = encode(scene, protocol, contrasts.tolist(), echoes.tolist(), points)
     for start in range(0, len(lines), LINES_AT_ONCE):
         rows = slice(start, min(start + LINES_AT_ONCE, len(lines)))
-        index = [torch.from_numpy(values[rows].reshape(-1)) for values in (contrast, echo, lines.kz, lines.ky)]
+        index = [
+            torch.from_numpy(values[rows].reshape(-1)) for values in (contrast, echo, lines.kz, lines.ky)
+        ]
         yield rows, encoded.lines(*index).numpy()
 
 
