@@ -104,7 +104,7 @@ def make_chain(
     configuration: Element,
     header: str | bytes,
     where: str = "pipeline",
-    gadgets: Sequence[type[Gadget]] = GADGETS,
+    gadgets: Sequence[type[Gadget]] | None = None,
 ) -> Chain:
     """Configure and prepare the gadgets that a ``<configuration>`` lists, for the scan that the header
     describes.
@@ -113,7 +113,7 @@ def make_chain(
         configuration: holds ``<gadget name="..."><property name="..." value="..."/></gadget>`` elements.
         header: the ISMRMRD header's XML.
         where: what errors in the configuration begin with.
-        gadgets: the gadgets that can be named, in the order in which data passes.
+        gadgets: the gadgets that can be named, in the order in which data passes; ``GADGETS`` if None.
 
     Raises:
         ScanError: for a wrong configuration, wrong settings, or a header that they cannot reconstruct;
@@ -143,7 +143,7 @@ def make_chain(
 
 
 def check_configuration(
-    configuration: Element, where: str = "pipeline", gadgets: Sequence[type[Gadget]] = GADGETS
+    configuration: Element, where: str = "pipeline", gadgets: Sequence[type[Gadget]] | None = None
 ) -> dict[str, dict[str, dict[str, object]]]:
     """Check a configuration without a scan, for every sequence.
 
@@ -164,7 +164,7 @@ def check_configuration(
 
 
 def read_configuration(
-    configuration: Element, where: str, gadgets: Sequence[type[Gadget]] = GADGETS
+    configuration: Element, where: str, gadgets: Sequence[type[Gadget]] | None = None
 ) -> tuple[list[type[Gadget]], dict[str, dict[str, object]]]:
     """The gadgets of a ``<configuration>`` in order, and their properties as written.
 
@@ -173,6 +173,7 @@ def read_configuration(
         cannot
             pass.
     """
+    gadgets = GADGETS if gadgets is None else gadgets
     known = {gadget.name: gadget for gadget in gadgets}
     classes: list[type[Gadget]] = []
     values: dict[str, dict[str, object]] = {}
@@ -228,7 +229,7 @@ def _check_order(classes: list[type[Gadget]], known: list[type[Gadget]], where: 
         flow = given
     if flow is not Any and flow is not ismrmrd.Image:
         raise ScanError(
-            f"{where}: the chain ends with gadget '{classes[-1].name}', which gives {flow.__name__}, no images"
+            f"{where}: the chain ends with gadget '{classes[-1].name}', giving {flow.__name__}, no images"
         )
 
 

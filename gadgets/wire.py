@@ -102,6 +102,8 @@ class Wire:
         """Whether CLOSE has come."""
         self.acquisitions = 0
         """Acquisitions received."""
+        self.midway = False
+        """Whether a message was begun but not sent to its end, so that nothing else can be said."""
 
     # ------------------------------------------------------------------------------------------------ receive
 
@@ -343,7 +345,7 @@ class Wire:
         parts: list[Any] = [_ID.pack(IMAGE)]
         image.serialize_into(parts.append)
         for part in parts:
-            self._send(part)
+            self._send(part, last=part is parts[-1])
 
     def send_text(self, identifier: int, text: str) -> None:
         """Send CONFIG, HEADER, TEXT, ERROR or FILENAME."""
@@ -376,7 +378,8 @@ class Wire:
         """Send CLOSE: nothing more will come."""
         self._send(_ID.pack(CLOSE))
 
-    def _send(self, data: Any) -> None:
+    def _send(self, data: Any, last: bool = True) -> None:
+        self.midway = True
         view = memoryview(bytes(data))  # ctypes headers too; bytes are not copied
         poll = select.poll()
         poll.register(self._socket, select.POLLOUT)
@@ -390,6 +393,7 @@ class Wire:
                 continue
             except OSError as error:
                 raise PeerGone(f"the peer is gone ({error.strerror})") from error
+        self.midway = not last
 
     def shut_down(self) -> None:
         """End the connection in both directions, so that nobody can wait for it."""

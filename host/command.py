@@ -1,0 +1,324 @@
+"""The ``quantitron`` command. Results go to stdout, progress and log to stderr; exit codes 0 done, 1
+failed, 2 usage.
+
+Whatever is heavy is imported by the command that needs it, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantitron.gadgets.errors import ScanError
+
+app = typer.Typer(
+    name="quantitron",
+    help="Quantitative MRI, inline on the scanner: raw ISMRMRD data in, maps out. For research use only.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+logger = logging.getLogger("quantitron")
+_state = {"debug": False}
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+
+
+def main() -> None:
+    """Entry point: one sentence and exit code 1 for every failure."""
+    try:
+        app()
+    except ScanError as error:
+        _fail(str(error), error)
+    except MemoryError as error:
+        _fail("not enough memory", error)
+    except BrokenPipeError:
+        # whoever read the results has gone; nothing is left to say, and Python must not try to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        text = (str(error).strip().splitlines() or ["no message"])[0]
+        _fail(f"unexpected {type(error).__name__}: {text} (--debug shows where)", error)
+
+
+def _fail(sentence: str, error: BaseException) -> None:
+    if _state["debug"]:
+        import traceback
+
+        traceback.print_exception(error, file=sys.stderr)
+    print(f"quantitron: {sentence}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"quantitron {version('quantitron')}")
+        except PackageNotFoundError:
+            print("quantitron (not installed)")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Log everything, with tracebacks.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log only what failed.")] = False,
+    version: Annotated[  # noqa: ARG001
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+    _state["debug"] = debug
+    level = logging.DEBUG if debug else logging.ERROR if quiet else logging.INFO
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s [%(process)d] %(message)s"
+    )
+    logger.setLevel(level)
+
+
+def _numbers(
+    text: str | None, kind: type[int] | type[float], count: int | None, option: str
+) -> tuple[Any, ...] | None:
+    """Comma-separated numbers of an option."""
+    if text is None:
+        return None
+    try:
+        values = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or (count is not None and len(values) != count):
+        what = "whole numbers" if kind is int else "numbers"
+        raise typer.BadParameter(
+            f"{text!r} is not {count or 'a list of'} {what} with commas between", param_hint=option
+        )
+    return values
+
+
+@app.command()
+def simulate(
+    sequence: Annotated[str, typer.Argument(help="vfa_gre, t2ir_gre or megre")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Raw file to write.")],
+    phantom: Annotated[str, typer.Option(help="mni, nist or a FILE.npz")] = "mni",
+    matrix: Annotated[str, typer.Option(help="x,y,z points")] = "112,112,16",
+    fov: Annotated[str | None, typer.Option(help="x,y,z in mm")] = None,
+    coils: Annotated[int, typer.Option(min=1, help="Receive channels.")] = 8,
+    acceleration: Annotated[
+        float, typer.Option("-R", "--acceleration", min=1.0, help="All points over points.")
+    ] = 1.0,
+    snr: Annotated[float, typer.Option(min=0.0, help="As DESIGN defines it; 0 is noise-free.")] = 30.0,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    slices: Annotated[int, typer.Option(min=1, help="Slices, each with a k-space of its own.")] = 1,
+    excitations: Annotated[
+        int | None, typer.Option(min=1, help="Excitations after each preparation.")
+    ] = None,
+    te: Annotated[str | None, typer.Option(help="Echo times in ms, with commas between.")] = None,
+    tr: Annotated[float | None, typer.Option(help="Repetition time in ms.")] = None,
+    flip: Annotated[str | None, typer.Option(help="Flip angles in degrees, with commas between.")] = None,
+    tau: Annotated[str | None, typer.Option(help="T2 preparation times in ms, with commas between.")] = None,
+    supersampling: Annotated[int, typer.Option(min=1, help="Object points along a voxel's edge.")] = 2,
+    calibration: Annotated[str, typer.Option(help="embedded, separate or none")] = "embedded",
+    b0: Annotated[float, typer.Option(help="Field spread in Hz.")] = 40.0,
+    b1: Annotated[float, typer.Option(help="Spread of the transmit field.")] = 0.0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Simulate a scan: a raw file with its ground truth."""
+    import math
+
+    grid = _numbers(matrix, int, 3, "--matrix")
+    field_of_view = _numbers(fov, float, 3, "--fov")
+    echo_times = _numbers(te, float, None, "--te")
+    angles = _numbers(flip, float, None, "--flip")
+    preparations = _numbers(tau, float, None, "--tau")
+
+    from quantitron.phantoms.simulate import simulate as run
+
+    made = run(
+        sequence=sequence,
+        output=output,
+        phantom=phantom,
+        matrix=grid,
+        fov=field_of_view,
+        coils=coils,
+        acceleration=acceleration,
+        snr=snr if snr > 0 else None,
+        seed=seed,
+        slices=slices,
+        excitations=excitations,
+        echo_times=tuple(1e-3 * value for value in echo_times) if echo_times else None,
+        repetition_time=1e-3 * tr if tr is not None else None,
+        flip_angles=tuple(math.radians(value) for value in angles) if angles else None,
+        preparation_times=tuple(1e-3 * value for value in preparations) if preparations else None,
+        supersampling=supersampling,
+        calibration=calibration,
+        b0=b0,
+        b1=b1,
+        overwrite=overwrite,
+    )
+    print(
+        f"{made.output}: {made.lines} acquisitions and {made.noise_lines} of noise, R = {made.acceleration:.2f}"
+    )
+
+
+@app.command()
+def replay(
+    raw: Annotated[Path, typer.Argument(help="ISMRMRD raw file.")],
+    pipeline: Annotated[
+        str, typer.Option("-p", "--pipeline", help="Name of a pipeline, or path of an XML file.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Map file to write.")] = Path("maps.h5"),
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="GADGET.PROPERTY=VALUE", help="Repeat for more.")
+    ] = None,
+    gadgetron: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Let this Gadgetron reconstruct.")
+    ] = None,
+    group: Annotated[str, typer.Option(help="Group of the raw file.")] = "dataset",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Run a raw file through a pipeline."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from quantitron.host.replay import replay as run
+
+    console = Console(stderr=True)
+    shown = console.is_terminal and logger.isEnabledFor(logging.INFO)
+    with Progress(console=console, transient=True, disable=not shown) as progress:
+        task = progress.add_task("reading")
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+            if done == total:
+                progress.update(task, description="reconstructing")
+
+        result = run(raw, pipeline, output, settings or (), overwrite, gadgetron, group, advance)
+    if as_json:
+        roles = {str(series): role for series, role in sorted(result.series.items())}
+        print(
+            json.dumps(
+                {
+                    "output": str(result.output),
+                    "images": result.images,
+                    "series": roles,
+                    "notes": result.notes,
+                    "seconds": round(result.seconds, 3),
+                }
+            )
+        )
+        return
+    roles_text = ", ".join(role for _, role in sorted(result.series.items()) if role)
+    print(f"{result.output}: {result.images} images ({roles_text}) in {result.seconds:.1f} s")
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port.")] = 9002,
+    default_pipeline: Annotated[
+        str | None, typer.Option(help="Pipeline that the config name 'openrecon' stands for.")
+    ] = None,
+) -> None:
+    """Serve scans over Gadgetron's protocol, each connection in its own process."""
+    from quantitron.host.configuration import known_pipeline
+    from quantitron.host.connections import accept_connections
+    from quantitron.host.server import Server
+
+    pipeline = known_pipeline(default_pipeline) if default_pipeline is not None else None
+    accept_connections(host, port, Server(pipeline), lambda bound: _ready("serving", host, bound))
+
+
+@app.command()
+def listen(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of <connect>; 0 takes a free one.")],
+    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+) -> None:
+    """Wait for a Gadgetron that has <connect address=... port=.../> in its pipeline."""
+    from quantitron.host.connections import accept_connections
+    from quantitron.host.listen import serve_gadgetron
+
+    accept_connections(host, port, serve_gadgetron, lambda bound: _ready("listening", host, bound))
+
+
+def _ready(what: str, host: str, port: int) -> None:
+    logger.info("%s on %s:%d", what, host, port)
+
+
+@app.command()
+def compare(
+    maps: Annotated[Path, typer.Argument(help="Map file.")],
+    truth: Annotated[Path, typer.Argument(help="Raw file with ground truth, or a map file.")],
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write JSON too.")] = None,
+) -> None:
+    """Compare maps with the truth."""
+    from quantitron.host.compare import compare as run
+    from quantitron.host.compare import table
+
+    result = run(maps, truth)
+    print(table(result))
+    if json_file is not None:
+        try:
+            json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ScanError(f"{json_file} cannot be written: {error.strerror}") from error
+
+
+@app.command()
+def pipelines(as_json: Json = False) -> None:
+    """List the pipelines and their settings."""
+    from quantitron.gadgets.chain import check_configuration
+    from quantitron.host.configuration import external_configuration, load_pipeline, parse_pipeline
+    from quantitron.pipelines import pipeline_names
+
+    listed = {}
+    for name in pipeline_names():
+        text, where = load_pipeline(name)
+        listed[name] = check_configuration(external_configuration(parse_pipeline(text, where), where), where)
+    if as_json:
+        print(json.dumps(listed, indent=2, default=str))
+        return
+    for name, sequences in listed.items():
+        print(name)
+        names = list(sequences)
+        for gadget, properties in sequences[names[0]].items():
+            print(f"  {gadget}")
+            for key in properties:
+                values = {sequence: str(sequences[sequence][gadget].get(key, "")) for sequence in names}
+                first = values[names[0]]
+                other = [f"{sequence} {value}" for sequence, value in values.items() if value != first]
+                print(f"    {key} = {first}" + (f"  ({', '.join(other)})" if other else ""))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check whether this machine is fit to reconstruct."""
+    from quantitron.host.doctor import examine
+
+    findings = examine()
+    broken = [finding for finding in findings if finding.state == "broken"]
+    if as_json:
+        print(
+            json.dumps({"ok": not broken, "findings": [finding.as_json() for finding in findings]}, indent=2)
+        )
+    else:
+        width = max(len(finding.what) for finding in findings)
+        for finding in findings:
+            print(f"{finding.state:6} {finding.what:{width}}  {finding.detail}")
+    if broken:
+        raise ScanError(
+            f"{len(broken)} of {len(findings)} checks failed: {', '.join(f.what for f in broken)}"
+        )
+
+
+if __name__ == "__main__":
+    main()

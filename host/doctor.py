@@ -1,0 +1,174 @@
+"""``quantitron doctor``: is this machine fit to reconstruct, and would a Gadgetron on it find us?"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from quantitron.gadgets.errors import ScanError
+from quantitron.host.configuration import external_configuration, load_pipeline, parse_pipeline
+from quantitron.pipelines import pipeline_names
+
+PACKAGES = ("quantitron", "torch", "numpy", "scipy", "sigpy", "ismrmrd", "gadgetron", "h5py", "pyyaml")
+LEAST_MEMORY = 2 << 30
+LEAST_DISK = 1 << 30
+IMPORT_TIMEOUT = 120.0
+"""Seconds that an interpreter on PATH has to import the chain."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    state: Literal["ok", "note", "broken"]
+    """``broken`` makes the command fail; ``note`` is worth knowing."""
+    detail: str
+
+    def as_json(self) -> dict[str, str]:
+        """For ``--json``."""
+        return asdict(self)
+
+
+def examine(folder: str | os.PathLike[str] = ".") -> list[Finding]:
+    """Look at everything that a reconstruction needs.
+
+    Args:
+        folder: where maps would be written.
+    """
+    return [
+        Finding("python", "ok", f"{platform.python_version()} ({sys.executable})"),
+        *_packages(),
+        *_devices(),
+        *_pipelines(),
+        _gadgetron_python(),
+        _gadgetron_home(),
+        _memory(),
+        _disk(Path(folder)),
+    ]
+
+
+def _packages() -> list[Finding]:
+    findings = []
+    for name in PACKAGES:
+        try:
+            findings.append(Finding(name, "ok", version(name)))
+        except PackageNotFoundError:
+            # a bare checkout runs without being installed; everything else must be there
+            state: Literal["note", "broken"] = "note" if name == "quantitron" else "broken"
+            findings.append(Finding(name, state, "not installed"))
+    return findings
+
+
+def _devices() -> list[Finding]:
+    import torch
+
+    wanted = os.environ.get("QUANTITRON_DEVICE", "")
+    findings = [Finding("cpu", "ok", f"{os.cpu_count()} processors, {torch.get_num_threads()} threads")]
+    available = torch.cuda.is_available()
+    for index in range(torch.cuda.device_count() if available else 0):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 2**30
+        findings.append(Finding(f"cuda:{index}", "ok", f"{properties.name}, {memory:.0f} GiB"))
+    if not available:
+        findings.append(Finding("cuda", "note", "no GPU; reconstructions run on the processors"))
+    if wanted:
+        try:
+            device = torch.device(wanted)
+            fit = device.type == "cpu" or (available and (device.index or 0) < torch.cuda.device_count())
+        except RuntimeError:
+            fit = False
+        detail = f"{wanted} {'is there' if fit else 'is not a device of this machine'}"
+        findings.append(Finding("QUANTITRON_DEVICE", "ok" if fit else "broken", detail))
+    return findings
+
+
+def _pipelines() -> list[Finding]:
+    from quantitron.gadgets.chain import check_configuration
+
+    findings = []
+    for name in pipeline_names():
+        try:
+            text, where = load_pipeline(name)
+            check_configuration(external_configuration(parse_pipeline(text, where), where), where)
+            findings.append(Finding(f"pipeline {name}", "ok", "valid for every sequence"))
+        except ScanError as error:
+            findings.append(Finding(f"pipeline {name}", "broken", str(error)))
+    return findings
+
+
+def _gadgetron_python() -> Finding:
+    """Gadgetron starts the first ``python``, then ``python3``, on its PATH; an import that fails there is
+    silent."""
+    what = "python for Gadgetron"
+    interpreter = shutil.which("python") or shutil.which("python3")
+    if interpreter is None:
+        return Finding(
+            what, "note", "neither python nor python3 is on PATH; Gadgetron could not start gadgets"
+        )
+    home = os.environ.get("GADGETRON_HOME")
+    paths = [os.environ.get("PYTHONPATH", ""), f"{home}/share/gadgetron/python" if home else ""]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    code = "import gadgetron, quantitron.gadgets.chain as chain; chain.run"
+    try:
+        done = subprocess.run(
+            [interpreter, "-c", code],
+            env=environment,
+            cwd=os.sep,  # not the checkout, which would be found by chance
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=IMPORT_TIMEOUT,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding(what, "note", f"{interpreter} cannot be tried: {error}")
+    if done.returncode == 0:
+        return Finding(what, "ok", f"{interpreter} finds gadgetron and quantitron.gadgets.chain")
+    reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    # broken only where there is a Gadgetron to be broken for
+    state: Literal["note", "broken"] = "broken" if home or shutil.which("gadgetron") else "note"
+    return Finding(what, state, f"{interpreter} does not find quantitron.gadgets.chain: {reason}")
+
+
+def _gadgetron_home() -> Finding:
+    home = os.environ.get("GADGETRON_HOME")
+    server = shutil.which("gadgetron")
+    if not home:
+        found = f"not set, but gadgetron is {server}" if server else "not set; only the embedded host is here"
+        return Finding("GADGETRON_HOME", "note", found)
+    configs = Path(home) / "share" / "gadgetron" / "config"
+    if not configs.is_dir():
+        return Finding("GADGETRON_HOME", "broken", f"{home} has no share/gadgetron/config")
+    missing = [name for name in pipeline_names() if not (configs / f"{name}.xml").is_file()]
+    if missing:
+        detail = (
+            f"{configs} lacks {', '.join(f'{name}.xml' for name in missing)}; clients must send them (-C)"
+        )
+        return Finding("GADGETRON_HOME", "note", detail)
+    return Finding("GADGETRON_HOME", "ok", f"all pipelines are in {configs}")
+
+
+def _memory() -> Finding:
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    detail = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    return Finding("memory", "ok" if total >= LEAST_MEMORY else "note", detail)
+
+
+def _disk(folder: Path) -> Finding:
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError as error:
+        return Finding("disk", "broken", f"{folder}: {error.strerror}")
+    detail = f"{usage.free / 2**30:.1f} GiB free in {folder.absolute()}"
+    if not os.access(folder, os.W_OK):
+        return Finding("disk", "note", f"{folder.absolute()} may not be written to")
+    return Finding("disk", "ok" if usage.free >= LEAST_DISK else "broken", detail)
