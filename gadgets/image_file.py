@@ -27,6 +27,8 @@ from quantitron.gadgets.errors import ScanError
 TRUTH_GROUP = "truth"
 """Group of a raw file that holds the ground truth of a simulated scan."""
 
+_OVERHEAD = 1 << 16
+"""More than HDF5 takes [byte] for the structures around one image."""
 _SERIES = re.compile(r"image_(\d+)")
 _HEADER_DTYPE: np.dtype[np.void] = np.dtype(image_header_dtype)
 _COMPLEX = {
@@ -68,13 +70,15 @@ def write_images(
     name = default_group() if group is None else group
     written = 0
     try:
-        with h5py.File(path, "a") as file:
+        _reserve(path, _OVERHEAD)
+        with h5py.File(path, "a" if path.stat().st_size else "w") as file:
             if name in file:
                 if not overwrite:
                     raise ScanError(f"{path} already has a group '{name}' (overwrite replaces it)")
                 del file[name]
             file.create_group(name)
         for image in images:
+            _reserve(path, image.data.nbytes + len(image.attribute_string) + _OVERHEAD)
             with h5py.File(path, "a") as file:
                 _append(file[name], image, path)
             written += 1
@@ -144,6 +148,27 @@ def _series(group: h5py.Group) -> list[str]:
 
 def _series_number(name: str) -> int:
     return int(name.removeprefix("image_"))
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make room for ``size`` more bytes by writing them; HDF5 cuts off on closing what it did not use.
+
+    A plain write fails cleanly on a full disk. HDF5 notices one only when it flushes, and then takes the
+    process down with it. A file that is new or empty is left empty, since HDF5 would not take it for its own.
+    """
+    before = path.stat().st_size if path.exists() else 0
+    if before and not h5py.is_hdf5(path):
+        raise ScanError(f"cannot write {path}: it exists and is not an HDF5 file")
+    with open(path, "ab", buffering=0) as file:
+        left = size
+        try:
+            while left > 0:
+                left -= file.write(bytes(min(left, 1 << 20)))
+        except OSError:
+            file.truncate(before)
+            raise
+        if not before:
+            file.truncate(0)
 
 
 def _append(group: h5py.Group, image: ismrmrd.Image, path: Path) -> None:

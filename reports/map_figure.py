@@ -39,7 +39,7 @@ TITLES = {
 }
 """Role -> what it is called in a figure, in the order of panels."""
 
-_COLOURS = {"T1": cm.lipari, "T2": cm.navia, "T2STAR": cm.navia, "R2STAR": cm.navia}
+_COLOURS = {"T1": cm.lipari, "T2": cm.navia, "T2STAR": cm.navia, "R2STAR": cm.navia, "PHASE": cm.vikO}
 _SIGNED = ("FREQMAP", "PHASE", "CHI", "CHINEG")
 _FULL_SCALE = {"T1": 3000.0, "T2": 150.0, "T2STAR": 100.0}
 _PANEL = 2.6
@@ -153,9 +153,8 @@ def _black_where_missing(colours: Colormap) -> Colormap:
 
 
 def _colours(role: str) -> Colormap:
-    if role in _SIGNED:
-        return _black_where_missing(cm.vik)
-    return _black_where_missing(_COLOURS.get(role, matplotlib.colormaps["gray"]))
+    other = cm.vik if role in _SIGNED else matplotlib.colormaps["gray"]
+    return _black_where_missing(_COLOURS.get(role, other))
 
 
 def _limits(role: str, values: NDArray[np.float32]) -> tuple[float, float]:
