@@ -1,8 +1,8 @@
 """The basis that a solver works in: contrast basis times echo basis, its components ordered by energy.
 
-Signals factorise into contrast times echo, and so does the second-moment matrix of a dictionary over a product
-grid: its eigenvectors are the products of the two factors' eigenvectors and its eigenvalues the products of
-theirs. The SVD of the huge full dictionary is therefore never formed.
+Signals factorise into contrast times echo, and so does the second-moment matrix of a dictionary over a
+product grid: its eigenvectors are the products of the two factors' eigenvectors and its eigenvalues the
+products of theirs. The SVD of the huge full dictionary is therefore never formed.
 
     Phi[(w,e), k] = sum_l Psi[w,l] mixing[e,l,k],     mixing[e, l, (l', m)] = delta(l, l') chi[e, m]
 """
@@ -79,3 +79,16 @@ def coefficient_basis(
     # A component that the dictionary says is absent still gets a finite weight.
     variance = product[kept].clamp_min(float(product[kept[0]]) * 1e-9)
     return CoefficientBasis(mixing.to(torch.complex64), variance.to(torch.float32), float(share[columns - 1]))
+
+
+def echo_images(coefficients: Tensor, basis: CoefficientBasis) -> Tensor:
+    """Coefficient images to the images of each echo in the contrast basis.
+
+    Args:
+        coefficients: U (x, k, z, y) complex.
+        basis: the basis of U.
+
+    Returns:
+        V (e, l, z, y, x).
+    """
+    return torch.einsum("elk,xkzy->elzyx", basis.mixing.to(coefficients), coefficients)

@@ -24,8 +24,8 @@ def field_map(
 ) -> Tensor:
     """Off-resonance that lines up the echoes best, with whole turns resolved over space.
 
-    Maximises ``P(b0) = sum_l |sum_e V_{e,l} conj(g_e(T2*, b0))|^2``, summed over a small neighbourhood, on the
-    interval that one turn between neighbouring echoes leaves, then unwraps the map.
+    Maximises ``P(b0) = sum_l |sum_e V_{e,l} conj(g_e(T2*, b0))|^2``, summed over a small neighbourhood, on
+    the interval that one turn between neighbouring echoes leaves, then unwraps the map.
 
     Args:
         echo_images: V (e, l, z, y, x) complex.

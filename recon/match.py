@@ -3,13 +3,14 @@
     minimise over theta and complex PD:   sum_{e,l} |V_{e,l} - PD p_l(theta) g_e(theta)|^2
 
 with p = Psi^H f(T1, T2, inversion) and g = exp(-TE / T2*) exp(j 2 pi b0 TE) (METHODS 5). Because the signal
-factorises, V of one voxel is a matrix of rank one: its echo side is matched first, its contrast side next, each
-over a small dictionary of its own, instead of over all combinations at once.
+factorises, V of one voxel is a matrix of rank one: its echo side is matched first, its contrast side next,
+each over a small dictionary of its own, instead of over all combinations at once.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from quantitron.recon.data import Basis, Protocol
 from quantitron.recon.signal.dictionary import PARAMETER_RANGE, contrast_dictionary, echo_dictionary
-from quantitron.recon.signal.models import CONTRAST_PARAMETERS, CONTRAST_SIGNALS
+from quantitron.recon.signal.models import CONTRAST_PARAMETERS, CONTRAST_SIGNALS, ContrastSignal
 from quantitron.recon.signal.spoiled_gre import echo_signal
 
 
@@ -31,7 +32,7 @@ class Fit:
     pd: Tensor
     """(voxel,) complex: proton density times receive phase."""
     standard_deviation: Mapping[str, Tensor]
-    """Name -> (voxel,): square root of the Cramer-Rao bound for the residual of the fit, in the map's unit."""
+    """Name -> (voxel,): root of the Cramer-Rao bound at the residual of the fit, in the map's unit."""
 
 
 def best_atom(signals: Tensor, atoms: Tensor, working_set: int = 64_000_000) -> tuple[Tensor, Tensor]:
@@ -144,9 +145,7 @@ def _model(
                 else torch.zeros_like(value)
                 for key, value in contrast_values.items()
             }
-            _, slope = torch.func.jvp(
-                lambda inputs: signal(inputs, protocol, None), (contrast_values,), (tangent,)
-            )
+            slope = _directional_derivative(signal, contrast_values, tangent, protocol)
             derivatives.append(g[:, :, None] * (slope.to(dtype) @ psi_conj)[:, None, :])
         elif name == "t2star":
             slope = g * time / values["t2star"][:, None]  # derivative after log T2*
@@ -155,6 +154,17 @@ def _model(
             slope = g * (2j * math.pi * protocol.phase_sign) * time
             derivatives.append(slope[:, :, None] * p[:, None, :])
     return g[:, :, None] * p[:, None, :], torch.stack(derivatives)
+
+
+def _directional_derivative(
+    signal: ContrastSignal, values: dict[str, Tensor], tangent: dict[str, Tensor], protocol: Protocol
+) -> Tensor:
+    """Forward-mode derivative (v, w) of the contrast signal along ``tangent``."""
+    with warnings.catch_warnings():
+        # torch's own forward mode still compiles some formulas with torch.jit when it is first used.
+        warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated")
+        _, slope = torch.func.jvp(lambda inputs: signal(inputs, protocol, None), (values,), (tangent,))
+    return slope
 
 
 _LOGARITHMIC = ("t1", "t2", "t2star")

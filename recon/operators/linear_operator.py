@@ -1,4 +1,4 @@
-"""Linear operators that compose like the formulas of a paper: ``A @ B``, ``A.H``, ``A.gram``, ``A + B``, ``2 * A``."""
+"""Linear operators that compose like a formula: ``A @ B``, ``A.H``, ``A.gram``, ``A + B``, ``2 * A``."""
 
 from __future__ import annotations
 

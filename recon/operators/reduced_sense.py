@@ -78,6 +78,16 @@ class ReducedSense(LinearOperator):
         nx, _, nz, ny = self._csm.shape
         return nx, self._mixing.shape[2], nz, ny
 
+    @property
+    def device(self) -> torch.device:
+        """Where the operator works."""
+        return self._csm.device
+
+    def mean_diagonal(self) -> Tensor:
+        """Mean over k-space of the diagonal of A^H A: (k,) real, for diagonal preconditioning."""
+        mean = self._gram.mean((-2, -1)).to(self._dtype)  # (e, l, l)
+        return torch.einsum("elk,elm,emk->k", self._mixing.conj(), mean, self._mixing).real
+
     def _echo_images(self, part: slice, coefficients: Tensor) -> Tensor:
         """(x, k, z, y) -> (x, e, l, z, y), off-resonance included."""
         echoes, rank, _ = self._mixing.shape

@@ -1,0 +1,182 @@
+"""The GPU gadget ``reconstruct``: waits for its device, runs the solver that the XML names, yields maps."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from quantitron.gadgets import settings as gadget_settings
+from quantitron.gadgets.errors import ScanError
+from quantitron.gadgets.gadget import Context, Gadget
+from quantitron.recon.data import SEQUENCE_MAPS, Encoding, Maps, Problem
+from quantitron.recon.device import choose_device
+from quantitron.recon.solvers import SOLVERS, Solver, Subspace
+
+logger = logging.getLogger("quantitron")
+
+
+@dataclass(frozen=True)
+class Reconstruct(Gadget):
+    """Takes one ``Problem`` a slice, yields ``Maps`` of all slices: previews first, the final ones last.
+
+    Properties besides its own are the settings of the solver.
+    """
+
+    name: ClassVar[str] = "reconstruct"
+
+    solver: str = "subspace"
+    """Method, one of ``recon.solvers.SOLVERS``."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    seed: int = 0
+    """Seed of everything random."""
+    method: Solver = field(default_factory=Subspace)
+    """The solver with its settings; made from the other properties, not a property itself."""
+
+    @classmethod
+    def build(cls, values: Mapping[str, object], where: str) -> Reconstruct:
+        """Make the gadget and its solver from properties.
+
+        Raises:
+            ScanError: if the solver does not exist, or a property belongs neither to it nor to the gadget.
+        """
+        chosen = str(values.get("solver", cls.solver))
+        kinds = {kind.name: kind for kind in SOLVERS}
+        if chosen not in kinds:
+            raise ScanError(f"{where}: there is no solver '{chosen}'; there are {', '.join(kinds)}")
+        kind = kinds[chosen]
+        own = {entry.name for entry in fields(cls)} - {"method"}
+        settings = {key: value for key, value in values.items() if key not in own}
+        allowed = {entry.name for entry in fields(kind)}
+        for key in settings:
+            if key not in allowed:
+                raise ScanError(gadget_settings.unknown(key, allowed | own, where, "property"))
+        method = gadget_settings.build(kind, settings, where)
+        return gadget_settings.build(
+            _Own, {key: value for key, value in values.items() if key in own}, where
+        ).with_method(method)
+
+    def prepare(self, context: Context) -> None:
+        """Refuse what can be refused before data flows: the device, the sequence, the rank."""
+        try:
+            choose_device(self.device)
+        except ValueError as error:
+            raise ScanError(str(error)) from error
+        sequence = context.protocol.sequence
+        if sequence not in self.method.sequences:
+            raise ScanError(
+                f"solver '{self.solver}' does not reconstruct {sequence}; it does {', '.join(self.method.sequences)}"
+            )
+        for entry in fields(self.method):
+            rank = getattr(self.method, entry.name)
+            if entry.name.endswith("rank") and isinstance(rank, int) and rank > context.protocol.frames:
+                raise ScanError(
+                    f"reconstruct.{entry.name} {rank} is above the {context.protocol.frames} frames of the scan"
+                )
+        context.needs_lines = context.needs_lines or self.method.needs_lines
+        context.seed = self.seed
+
+    def __call__(self, items: Iterable[Problem], context: Context) -> Iterator[Maps]:
+        """Reconstruct slice by slice; a slice that fails leaves no values and does not take the others along."""
+        problems = list(items)
+        device = choose_device(self.device)
+        finished: list[Maps | None] = []
+        reason = ""
+        with _device_to_ourselves(device):
+            for number, problem in enumerate(problems):
+                final: Maps | None = None
+                try:
+                    for maps in self.method.solve(
+                        replace(problem, device=device, seed=self.seed), _progress_of(number, len(problems))
+                    ):
+                        if maps.preview and len(problems) == 1:
+                            yield _crop(maps, problem.encoding)
+                        final = maps
+                except (ValueError, torch.cuda.OutOfMemoryError, MemoryError) as error:
+                    reason = str(error) or type(error).__name__
+                    if len(problems) > 1:
+                        context.fail(f"slice {number} of {len(problems)} was not reconstructed: {reason}")
+                finished.append(None if final is None else _crop(final, problem.encoding))
+        done = [maps for maps in finished if maps is not None]
+        if not done:
+            raise ScanError(
+                f"solver '{self.solver}' gave no maps: {reason or 'there was no slice to reconstruct'}"
+            )
+        yield Maps.stack([_without_values(done[0]) if maps is None else maps for maps in finished])
+
+
+@dataclass(frozen=True)
+class _Own:
+    """The gadget's own properties, for the checks of ``settings.build``."""
+
+    solver: str = Reconstruct.solver
+    device: str = Reconstruct.device
+    seed: int = Reconstruct.seed
+
+    def with_method(self, method: Solver) -> Reconstruct:
+        return Reconstruct(solver=self.solver, device=self.device, seed=self.seed, method=method)
+
+
+def _crop(maps: Maps, encoding: Encoding) -> Maps:
+    """Cut phase and slice oversampling off."""
+    return replace(
+        maps,
+        values={name: encoding.crop(values) for name, values in maps.values.items()},
+        mask=encoding.crop(maps.mask),
+        standard_deviation={name: encoding.crop(values) for name, values in maps.standard_deviation.items()},
+        magnitude=None if maps.magnitude is None else encoding.crop(maps.magnitude),
+    )
+
+
+def _without_values(like: Maps) -> Maps:
+    """A slice with the shape of another and no estimate anywhere."""
+    return replace(
+        like,
+        values={name: torch.full_like(values, torch.nan) for name, values in like.values.items()},
+        mask=torch.zeros_like(like.mask),
+        standard_deviation={
+            name: torch.full_like(values, torch.nan) for name, values in like.standard_deviation.items()
+        },
+        magnitude=None if like.magnitude is None else torch.zeros_like(like.magnitude),
+    )
+
+
+class _progress_of:
+    """Progress of one slice on stderr (through the log), no more than once a second."""
+
+    def __init__(self, number: int, slices: int) -> None:
+        self._where = f"slice {number + 1}/{slices}: " if slices > 1 else ""
+        self._start = time.monotonic()
+
+    def __call__(self, doing: str, share: float) -> None:
+        seconds = time.monotonic() - self._start
+        logger.info("%s%3.0f %% %s (%.1f s)", self._where, 100 * share, doing, seconds)
+
+
+@contextmanager
+def _device_to_ourselves(device: torch.device) -> Iterator[None]:
+    """Wait until no other process of this machine reconstructs on the GPU; the CPU is shared freely.
+
+    Gadgetron starts a process for each connection and arbitrates nothing between them.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    path = Path(tempfile.gettempdir()) / f"quantitron-cuda{device.index or 0}-{os.getuid()}.lock"
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for %s, another reconstruction holds it", device)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

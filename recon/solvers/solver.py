@@ -1,0 +1,32 @@
+"""What every solver is: a frozen dataclass of settings with one method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from quantitron.recon.data import Maps, Problem
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the share that is done, 0..1."""
+
+
+@dataclass(frozen=True)
+class Solver:
+    """Base of the solvers. Fields of a subclass are its settings."""
+
+    name: ClassVar[str]
+    """Name in the XML."""
+    needs_lines: ClassVar[bool] = False
+    """Whether the sampled lines are needed beside their reduced form."""
+    sequences: ClassVar[tuple[str, ...]] = ()
+    """Sequences that it can reconstruct."""
+
+    def solve(self, problem: Problem, progress: Progress) -> Iterator[Maps]:
+        """Yield previews, if any, and last the final maps of one slice, on the encoded grid (s = 1).
+
+        Raises:
+            ValueError: if the settings do not fit the problem, in one clear sentence.
+        """
+        raise NotImplementedError  # abstract
