@@ -1,4 +1,4 @@
-"""Gadget ``accumulate``: the stream of lines becomes the 6D k-space, or its reduced form while the scan runs."""
+"""Gadget ``accumulate``: lines become the 6D k-space, or its reduced form while the scan runs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Accumulate(Gadget):
     sequence: str = "auto"
     """Name of the sequence, or ``auto`` for what the header says."""
     axes: str = ""
-    """Counters of the contrast axes, such as ``ti=segment,tau=set,te=contrast``; empty for the sequence's own."""
+    """Counters of the contrast axes, as in ``ti=segment,tau=set,te=contrast``; empty for the usual ones."""
     phase_sign: int = 1
     """-1 where the raw data were stored conjugated."""
     storage: str = "auto"
@@ -62,8 +62,8 @@ class Accumulate(Gadget):
         """Read the stream to its end and yield its only result.
 
         Raises:
-            ScanError: for counters beyond their limits, samples that are not finite, a changing number of channels,
-                or too few data; the sentence names the acquisition.
+            ScanError: for counters beyond their limits, samples that are not finite, a changing number of
+                channels, or too few data; the sentence names the acquisition.
         """
         scan: _Scan | None = None
         for block in blocks_of(items):
@@ -96,8 +96,8 @@ class _Scan:
         summing = context.basis is not None and settings.storage != "lines" and self._reader.slices_announced
         if settings.storage == "reduced" and not summing:
             raise ScanError(
-                "accumulate: storage is 'reduced', which needs a basis known from the protocol and the number of "
-                "slices in the header (encodingLimits.slice)"
+                "accumulate: storage is 'reduced', which needs a basis known from the protocol and the "
+                "number of slices in the header (encodingLimits.slice)"
             )
         self._gram: GramSum | None = None
         self._lines: LineStore | None = None
@@ -194,11 +194,21 @@ class _Scan:
     def _sum(self, gram: GramSum, samples: NDArray[np.complex64], at: Positions) -> None:
         columns = gram.basis.rank
         at_once = max(1, PRODUCT_BYTES // (columns * samples[0].nbytes))
-        tensors = [torch.from_numpy(index) for index in (at.contrast, at.echo, at.slice, at.kz, at.ky)]
+        contrast, echo, slice_index, kz, ky = (
+            torch.from_numpy(index) for index in (at.contrast, at.echo, at.slice, at.kz, at.ky)
+        )
         data = torch.from_numpy(samples)
         for start in range(0, len(samples), at_once):
             part = slice(start, start + at_once)
-            gram.add(data[part], *(index[part] for index in tensors), energy=0.0)
+            gram.add(
+                data[part],
+                contrast[part],
+                echo[part],
+                slice_index[part],
+                kz[part],
+                ky[part],
+                energy=0.0,  # summed here line by line, the same however the stream was cut
+            )
 
     def finish(self) -> ScanData:
         """Judge whether enough came, and hand over."""

@@ -43,7 +43,8 @@ def flagged(block: AcquisitionBlock, bits: np.uint64) -> NDArray[np.bool_]:
 def of_scan(block: AcquisitionBlock, context: Context) -> NDArray[np.bool_]:
     """(n,) imaging, calibration and navigator lines of the first encoding space.
 
-    Lines of other encoding spaces (separate reference scans) have grids of their own; leaving them out is noted.
+    Lines of other encoding spaces (separate reference scans) have grids of their own; leaving them out is
+    noted.
     """
     used = ~flagged(block, UNUSED | NOISE)
     elsewhere = used & (block.head["encoding_space_ref"] != 0)

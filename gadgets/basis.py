@@ -21,8 +21,8 @@ class BasisGadget(Gadget):
 
     name: ClassVar[str] = "basis"
     source: str = "auto"
-    """``dictionary`` (from the protocol, before the scan), ``navigator`` or ``centre`` (from the data); ``auto``
-    is the dictionary."""
+    """``dictionary`` (from the protocol, before the scan), ``navigator`` or ``centre`` (from the data);
+    ``auto`` is the dictionary."""
     rank: float = 0.99999
     """Columns (1 or more, whole), or below 1 the share of the signal's energy to keep."""
 
@@ -41,13 +41,14 @@ class BasisGadget(Gadget):
             raise ScanError(f"basis: source is '{self.source}'; it must be one of {', '.join(SOURCES)}")
         if not self.rank > 0 or (self.rank >= 1 and self.rank != int(self.rank)):
             raise ScanError(
-                f"basis: rank is {self.rank:g}; it must be a whole number of columns, or an energy between 0 and 1"
+                f"basis: rank is {self.rank:g}; it must be a whole number of columns, or an energy between "
+                "0 and 1"
             )
         contrasts = context.protocol.contrasts
         if self.rank >= 1 and self.rank > contrasts:
             raise ScanError(
-                f"basis: rank {int(self.rank)} is above the {contrasts} contrasts of this {context.protocol.sequence} "
-                "scan"
+                f"basis: rank {int(self.rank)} is above the {contrasts} contrasts of this "
+                f"{context.protocol.sequence} scan"
             )
         if self.source in ("auto", "dictionary"):
             context.basis = dictionary_basis(context.protocol, self.columns_or_energy)
@@ -127,7 +128,7 @@ def _slice_of_lines(kspace: KSpace, index: int, energy: float) -> KSpace:
 
 
 def _slice_of_calibration(calibration: Calibration | None, index: int) -> Calibration | None:
-    """The slice's calibration lines; None where it has none, so that its coil maps come from its own centre."""
+    """The slice's calibration lines; None where it has none: its coil maps then come from its own centre."""
     if calibration is None:
         return None
     part = slice(index, index + 1)

@@ -58,7 +58,8 @@ class PositionReader:
         """Positions of the chosen lines.
 
         Raises:
-            ScanError: if a counter is beyond its limit; the sentence names counter, value, limit and acquisition.
+            ScanError: if a counter is beyond its limit; the sentence names counter, value, limit and
+                acquisition.
         """
         rows = np.flatnonzero(chosen)
         counters = block.head["idx"][rows]
@@ -78,7 +79,7 @@ class PositionReader:
         )
 
     def other(self, block: AcquisitionBlock) -> tuple[Positions, NDArray[np.bool_], NDArray[np.bool_]]:
-        """Positions of lines that may have counters of their own (navigators, calibration): nothing is an error.
+        """Positions of lines that may have counters of their own (navigators, calibration); never an error.
 
         Returns:
             The positions of all lines of the block; (n,) whether contrast and echo are those of a frame; (n,)
@@ -124,7 +125,8 @@ class PositionReader:
             highest = axis.last if limit is not None else axis.points - 1
             if limit is None or values[row] > highest:
                 raise ScanError(
-                    f"acquisition {numbers[row]} has {axis.counter} = {values[row]}, beyond its limit of {highest}"
+                    f"acquisition {numbers[row]} has {axis.counter} = {values[row]}, beyond its limit of "
+                    f"{highest}"
                 )
             raise ScanError(
                 f"acquisition {numbers[row]} has {axis.counter} = {values[row]}, which with the centre at "

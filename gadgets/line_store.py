@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Generic, TypeVar
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,14 +15,17 @@ GROWTH = 8
 """A full store grows by 1 / GROWTH: large arrays move by remapping pages, so that growing copies nothing."""
 
 
-class GrowingRows:
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+class GrowingRows(Generic[Scalar]):
     """Rows of one shape in one contiguous array that can be extended at its end."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: type[np.generic], expected: int = 0) -> None:
-        self._rows = np.empty((max(256, expected), *shape), dtype=dtype)
+    def __init__(self, shape: tuple[int, ...], dtype: type[Scalar], expected: int = 0) -> None:
+        self._rows: NDArray[Scalar] = np.empty((max(256, expected), *shape), dtype=dtype)
         self.length = 0
 
-    def extend(self, rows: NDArray[np.generic]) -> None:
+    def extend(self, rows: NDArray[Scalar]) -> None:
         """Append rows."""
         end = self.length + len(rows)
         if end > len(self._rows):
@@ -30,11 +35,11 @@ class GrowingRows:
         self.length = end
 
     @property
-    def rows(self) -> NDArray[np.generic]:
+    def rows(self) -> NDArray[Scalar]:
         """The rows so far; not to be kept across ``extend``."""
         return self._rows[: self.length]
 
-    def finish(self) -> NDArray[np.generic]:
+    def finish(self) -> NDArray[Scalar]:
         """The rows, with what was not used given back. The store is empty afterwards."""
         rows = self._rows
         rows.resize((self.length, *rows.shape[1:]), refcheck=False)
@@ -95,8 +100,8 @@ class LineStore:
         known = self._place[flat[rows]] - 1
         repeats = known >= 0
         if repeats.any():
-            self._samples.rows[known[repeats]] += samples[rows[repeats]]  # type: ignore[operator]
-            self._count.rows[known[repeats]] += np.float32(1)  # type: ignore[operator]
+            self._samples.rows[known[repeats]] += samples[rows[repeats]]
+            self._count.rows[known[repeats]] += np.float32(1)
         new = rows[~repeats]
         if not len(new):
             return
@@ -118,7 +123,7 @@ class LineStore:
         samples = self._samples.finish()
         repeated = np.flatnonzero(count > 1)
         for part in np.array_split(repeated, max(1, len(repeated) // 256)):
-            samples[part] /= count[part, np.newaxis, np.newaxis]  # type: ignore[operator, index]
+            samples[part] /= count[part, np.newaxis, np.newaxis]
         contrast, echo, slice_index, kz, ky = torch.from_numpy(np.ascontiguousarray(self._where.finish().T))
         return KSpace(
             samples=torch.from_numpy(samples),
@@ -155,7 +160,7 @@ class NavigatorStore:
 
 
 class CalibrationStore:
-    """Calibration lines of one contrast and echo on the full grid; pages that no line touches are never taken."""
+    """Calibration lines of one contrast and echo on the full grid; untouched pages are never taken."""
 
     def __init__(self, grid: tuple[int, int, int], coils: int, slices: int) -> None:
         self._grid = grid

@@ -1,4 +1,4 @@
-"""From samples as they come off the receiver to whitened lines in hybrid space (image space along the readout).
+"""From samples as they come off the receiver to whitened lines in image space along the readout.
 
 Every gadget here works on blocks, and every acquisition's result depends on that acquisition and on what was
 decided before it alone, so that the way in which a stream is cut into blocks does not change one bit.
@@ -38,15 +38,15 @@ def _mix(matrix: NDArray[np.complex64], data: NDArray[np.complex64]) -> NDArray[
     return mixed
 
 
-# ---------------------------------------------------------------------------------------------- noise adjustment
+# ------------------------------------------------------------------------------------------ noise adjustment
 
 
 @dataclass(frozen=True)
 class NoiseAdjust(Gadget):
     """Whitens the channels with the noise scan: afterwards E|n|^2 = 1 for each complex sample (Roemer 1990).
 
-    Noise lines count from the start of the stream to the first line of the scan proper. Without any, lines pass
-    as they are and ``context.noise_known`` stays False.
+    Noise lines count from the start of the stream to the first line of the scan proper. Without any, lines
+    pass as they are and ``context.noise_known`` stays False.
     """
 
     name: ClassVar[str] = "noise_adjust"
@@ -90,12 +90,14 @@ class NoiseAdjust(Gadget):
         for block in noise:
             if block.data.shape[1] != channels:
                 raise ScanError(
-                    f"noise acquisition {block.first} has {block.data.shape[1]} channels, the ones before {channels}"
+                    f"noise acquisition {block.first} has {block.data.shape[1]} channels, the ones before "
+                    f"have {channels}"
                 )
             finite = np.isfinite(block.data).all(axis=(1, 2))
             if not finite.all():
                 raise ScanError(
-                    f"noise acquisition {block.first + int(finite.argmin())} has samples that are not finite numbers"
+                    f"noise acquisition {block.first + int(finite.argmin())} has samples that are not finite "
+                    "numbers"
                 )
         samples = np.concatenate(
             [block.data.transpose(1, 0, 2).reshape(channels, -1) for block in noise], axis=1
@@ -128,7 +130,7 @@ class NoiseAdjust(Gadget):
         if not dwell > 0:
             context.note("the noise lines have no sampling time: taken as that of the imaging lines")
         context.noise_known = True
-        return _Whitening(matrix, dwell, ratio)
+        return _Whitening(matrix.astype(np.complex128), dwell, ratio)
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ class _Whitening:
     def apply(self, block: AcquisitionBlock) -> AcquisitionBlock:
         if block.data.shape[1] != len(self.matrix):
             raise ScanError(
-                f"acquisition {block.first} has {block.data.shape[1]} channels, the noise scan has {len(self.matrix)}"
+                f"acquisition {block.first} has {block.data.shape[1]} channels, the noise scan has "
+                f"{len(self.matrix)}"
             )
         dwells = block.head["sample_time_us"]
         if (dwells == dwells[0]).all():
@@ -157,20 +160,21 @@ class _Whitening:
         # Noise variance goes with bandwidth, so with one over the sampling time.
         known = dwell > 0 and self.dwell > 0
         factor = (dwell / self.dwell if known else 1.0) * self.ratio
-        return (self.matrix * np.sqrt(factor)).astype(np.complex64)
+        scaled: NDArray[np.complex64] = (self.matrix * np.sqrt(factor)).astype(np.complex64)
+        return scaled
 
 
-# ------------------------------------------------------------------------------------------ readout oversampling
+# -------------------------------------------------------------------------------------- readout oversampling
 
 
 @dataclass(frozen=True)
 class RemoveOversampling(Gadget):
     """Places each readout on the encoded grid, Fourier transforms it and crops it to the delivered readout.
 
-    Lines end in hybrid space (``AcquisitionBlock.hybrid``): unitary centred inverse transform, voxel n/2 at the
-    centre. What was not sampled (asymmetric echo, discarded samples) is zero. Reversed lines are turned round
-    first and ``center_sample`` then counts as for a forward line; writers that count it from the other end are
-    recognised by the centre of the forward lines. Non-Cartesian readouts pass as they are.
+    Lines end in hybrid space (``AcquisitionBlock.hybrid``): unitary centred inverse transform, voxel n/2 at
+    the centre. What was not sampled (asymmetric echo, discarded samples) is zero. Reversed lines are turned
+    round first and ``center_sample`` then counts as for a forward line; writers that count it from the other
+    end are recognised by the centre of the forward lines. Non-Cartesian readouts pass as they are.
     """
 
     name: ClassVar[str] = "remove_oversampling"
@@ -257,8 +261,8 @@ class _Readout:
         wrong = (lost > samples // 4) & (samples <= self._encoded)
         if wrong.any():
             self._context.note(
-                f"center_sample {int(centre[wrong.argmax()])} would leave much of a readout of {samples} samples "
-                "outside the encoded matrix; the echo is taken as centred"
+                f"center_sample {int(centre[wrong.argmax()])} would leave much of a readout of {samples} "
+                "samples outside the encoded matrix; the echo is taken as centred"
             )
             centre = np.where(wrong, samples // 2, centre)
         forward = np.flatnonzero(~reverse)
@@ -278,7 +282,7 @@ class _Readout:
     def _place_alike(
         self, data: NDArray[np.complex64], layout: NDArray[np.int64], work: NDArray[np.complex64], number: int
     ) -> None:
-        """Place lines of one layout (discard_pre, discard_post, centre, reversed) into ``work`` (n, c, encoded)."""
+        """Place lines of one layout (discard_pre, discard_post, centre, reverse) in ``work`` (n, c, grid)."""
         samples = data.shape[2]
         pre, post, centre, reverse = (int(value) for value in layout)
         if reverse:
@@ -287,7 +291,8 @@ class _Readout:
         last = min(samples - post - centre, (self._encoded + 1) // 2)  # and one past the last
         if last <= first:
             raise ScanError(
-                f"acquisition {number} keeps none of its {samples} samples (discard_pre {pre}, discard_post {post})"
+                f"acquisition {number} keeps none of its {samples} samples (discard_pre {pre}, "
+                f"discard_post {post})"
             )
         if last - first < self._encoded:
             self._context.note(
@@ -304,15 +309,16 @@ class _Readout:
             work[..., split:last] = data[..., split + centre : last + centre]
 
 
-# ---------------------------------------------------------------------------------------------- coil compression
+# ------------------------------------------------------------------------------------------ coil compression
 
 
 @dataclass(frozen=True)
 class CompressCoils(Gadget):
-    """Combines channels into fewer virtual ones by SVD (Buehrer 2007). Rows are orthonormal: white noise stays white.
+    """Combines channels into fewer virtual ones by SVD (Buehrer 2007).
 
-    The combination comes from the lines up to one near the k-space centre (lines at the edge are mostly noise), and
-    from at least ``lines`` of them; they wait until then.
+    Its rows are orthonormal: white noise stays white. The combination comes from the lines up to one near the
+    k-space centre (lines at the edge are mostly noise), and from at least ``lines`` of them; they wait until
+    then.
     """
 
     name: ClassVar[str] = "compress_coils"
@@ -405,7 +411,8 @@ class CompressCoils(Gadget):
     def _check(self, block: AcquisitionBlock, channels: int) -> None:
         if block.data.shape[1] != channels:
             raise ScanError(
-                f"acquisition {block.first} has {block.data.shape[1]} channels, the ones before have {channels}"
+                f"acquisition {block.first} has {block.data.shape[1]} channels, the ones before have "
+                f"{channels}"
             )
 
     def _compress(self, block: AcquisitionBlock, matrix: NDArray[np.complex64]) -> AcquisitionBlock:

@@ -53,8 +53,9 @@ class ScanCoverage:
     ) -> None:
         """Say how much is missing where the scan ended early.
 
-        A scan is enough if each slice has its k-space centre and lines of every value of every contrast axis. If the
-        end of the measurement was flagged, contrast values that never came are the header's mistake and only noted.
+        A scan is enough if each slice has its k-space centre and lines of every value of every contrast axis.
+        If the end of the measurement was flagged, contrast values that never came are the header's mistake
+        and only noted.
 
         Args:
             context: notes go there.
@@ -83,12 +84,12 @@ class ScanCoverage:
         self, context: Context, came: NDArray[np.bool_], slice_index: int, amount: str, ended: bool
     ) -> None:
         where = f" of slice {slice_index}" if self._slices > 1 else ""
-        frames = came.any(axis=(3, 4))  # (TI, tau, TE)
+        frames: NDArray[np.bool_] = np.any(came, axis=(3, 4))  # (TI, tau, TE)
         if not frames.any():
             raise ScanError(f"no line{where or ' of the scan'} came; {amount}")
         counters = [context.axes.get(axis) for axis in ("ti", "tau", "te")]
         for axis, counter in enumerate(counters):
-            seen = frames.any(axis=tuple(other for other in range(3) if other != axis))
+            seen: NDArray[np.bool_] = np.any(frames, axis=tuple(other for other in range(3) if other != axis))
             if seen.all():
                 continue
             sentence = (
@@ -99,7 +100,7 @@ class ScanCoverage:
             if not ended or axis == 2:
                 raise ScanError(f"{sentence}; {amount}")
             context.note(sentence)
-        points = came.any(axis=(0, 1, 2))  # (z, y)
+        points: NDArray[np.bool_] = np.any(came, axis=(0, 1, 2))  # (z, y)
         nz, ny = points.shape
         near_z, near_y = max(1, nz // 16), max(1, ny // 16)
         centre = points[

@@ -70,8 +70,8 @@ def detect_sequence(header: ismrmrd.xsd.ismrmrdHeader, wanted: str = "auto") -> 
         )
     if trajectory is not None and trajectory.value != "cartesian":
         raise ScanError(
-            f"the header's trajectory is '{trajectory.value}', but {name} is reconstructed from Cartesian data "
-            "only"
+            f"the header's trajectory is '{trajectory.value}', but {name} is reconstructed from Cartesian "
+            "data only"
         )
     return name, note
 
