@@ -15,10 +15,15 @@ import ismrmrd
 import yaml
 
 from quantitron.gadgets import settings
+from quantitron.gadgets.accumulate import Accumulate
 from quantitron.gadgets.acquisition_block import AcquisitionBlock
+from quantitron.gadgets.basis import BasisGadget
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget
 from quantitron.gadgets.header import make_context, parse_header
+from quantitron.gadgets.images import Images
+from quantitron.gadgets.prepare import CompressCoils, NoiseAdjust, RemoveOversampling
+from quantitron.gadgets.reconstruct import Reconstruct
 from quantitron.gadgets.sequence import SUPPORTED, detect_sequence
 from quantitron.gadgets.wire import ERROR, PeerGone, Wire
 from quantitron.pipelines import settings_names, settings_text
@@ -26,26 +31,15 @@ from quantitron.pipelines import settings_names, settings_text
 logger = logging.getLogger("quantitron")
 
 
-def _gadgets() -> tuple[type[Gadget], ...]:
-    import importlib
-
-    found: list[type[Gadget]] = []
-    for module, names in (
-        ("prepare", ("NoiseAdjust", "RemoveOversampling", "CompressCoils")),
-        ("accumulate", ("Accumulate",)),
-        ("basis", ("BasisGadget",)),
-        ("reconstruct", ("Reconstruct",)),
-        ("images", ("Images",)),
-    ):
-        try:
-            loaded = importlib.import_module(f"quantitron.gadgets.{module}")
-        except ModuleNotFoundError:
-            continue
-        found += [getattr(loaded, name) for name in names if hasattr(loaded, name)]
-    return tuple(found)
-
-
-GADGETS: tuple[type[Gadget], ...] = _gadgets()
+GADGETS: tuple[type[Gadget], ...] = (
+    NoiseAdjust,
+    RemoveOversampling,
+    CompressCoils,
+    Accumulate,
+    BasisGadget,
+    Reconstruct,
+    Images,
+)
 """Every gadget, in the order in which data passes through them."""
 
 Values = Mapping[str, Mapping[str, object]]

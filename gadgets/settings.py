@@ -69,11 +69,20 @@ def unknown(key: str, allowed: Iterable[str], where: str, kind: str) -> str:
 
 
 def resolved(instance: object) -> dict[str, object]:
-    """All settings of a gadget as plain values, for the hash and for listing. Nested dataclasses become
-    mappings."""
+    """All settings of a gadget as plain values, for the hash and for listing.
+
+    The settings of a solver inside a gadget stand beside the gadget's own, as they do in the XML.
+    """
     if not dataclasses.is_dataclass(instance) or isinstance(instance, type):
         raise TypeError(f"{type(instance).__name__} is not a dataclass instance")
-    return dataclasses.asdict(instance)
+    found: dict[str, object] = {}
+    for entry in dataclasses.fields(instance):
+        value = getattr(instance, entry.name)
+        if dataclasses.is_dataclass(value):
+            found.update(resolved(value))
+        else:
+            found[entry.name] = value
+    return found
 
 
 def settings_hash(settings: Mapping[str, object]) -> str:

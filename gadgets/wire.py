@@ -9,6 +9,7 @@ all input was read, because Gadgetron loses or chokes on an earlier one.
 from __future__ import annotations
 
 import logging
+import math
 import select
 import socket
 import struct
@@ -18,6 +19,7 @@ from typing import Any
 
 import ismrmrd
 import numpy as np
+from ismrmrd.image import get_dtype_from_data_type
 from numpy.typing import NDArray
 
 from quantitron.gadgets.acquisition_block import HEADER_DTYPE, AcquisitionBlock, BlockBuilder
@@ -37,9 +39,9 @@ MAXIMUM_CHANNELS = 1024
 """Channels that an ISMRMRD channel mask can name."""
 MAXIMUM_TRAJECTORY = 16
 """Most trajectory columns: three of k-space, one of density, and some to spare."""
-MAXIMUM_ACQUISITION = 512 << 20
+MAXIMUM_ACQUISITION = 256 << 20
 """Longest acquisition taken [bytes]."""
-MAXIMUM_IMAGE = 16 << 30
+MAXIMUM_IMAGE = 4 << 30
 """Longest image taken [bytes]."""
 SEND_TIMEOUT = 120.0
 """Seconds without any progress after which a peer that does not read is given up."""
@@ -258,10 +260,10 @@ class Wire:
             raise self._break(f"an image claims {attributes} bytes of meta attributes")
         header = ismrmrd.ImageHeader.from_buffer_copy(head)
         try:
-            itemsize = ismrmrd.get_dtype_from_data_type(header.data_type).itemsize
+            itemsize = get_dtype_from_data_type(header.data_type).itemsize
         except TypeError:
             raise self._break(f"an image has the unknown data type {header.data_type}") from None
-        size = header.channels * int(np.prod(np.array(header.matrix_size, dtype=np.int64))) * itemsize
+        size = header.channels * math.prod(header.matrix_size) * itemsize
         if size > MAXIMUM_IMAGE:
             raise self._break(f"an image claims {size} bytes; at most {MAXIMUM_IMAGE} are taken")
         text = self._text(self._take(attributes, "an image"), "meta attributes of an image")

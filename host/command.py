@@ -164,9 +164,7 @@ def simulate(
         b1=b1,
         overwrite=overwrite,
     )
-    print(
-        f"{made.output}: {made.lines} acquisitions and {made.noise_lines} of noise, R = {made.acceleration:.2f}"
-    )
+    print(f"{made.output}: {made.lines} lines, {made.noise_lines} of noise, R = {made.acceleration:.2f}")
 
 
 @app.command()
