@@ -21,6 +21,7 @@ from quantitron.gadgets.basis import BasisGadget
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget
 from quantitron.gadgets.header import make_context, parse_header
+from quantitron.gadgets.header_precision import single_precision
 from quantitron.gadgets.images import Images
 from quantitron.gadgets.prepare import CompressCoils, NoiseAdjust, RemoveOversampling
 from quantitron.gadgets.reconstruct import Reconstruct
@@ -117,7 +118,7 @@ def make_chain(
     classes, values = read_configuration(configuration, where, gadgets)
     method = _method(classes, values)
     layers = _settings_layers(method, classes, values, where)
-    scan = parse_header(header)
+    scan = single_precision(parse_header(header))
     # the sequence decides which section of the settings file holds, so it comes from the sections before
     general = _merged(layers[:1] + layers[-1:], "accumulate")
     sequence, _ = detect_sequence(scan, str(general.get("sequence", "auto")))

@@ -268,6 +268,9 @@ class Wire:
             raise self._break(f"an image claims {size} bytes; at most {MAXIMUM_IMAGE} are taken")
         text = self._text(self._take(attributes, "an image"), "meta attributes of an image")
         image = ismrmrd.Image(head, text) if text else ismrmrd.Image(head)
+        for key, value in image.meta.items():
+            if value is None:  # how ismrmrd reads an empty text; it would write "None"
+                image.meta[key] = ""
         data = np.frombuffer(self._take(size, "an image"), dtype=image.data.dtype)
         image.data[:] = data.reshape(image.data.shape)
         return image
