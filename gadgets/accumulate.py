@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -36,27 +36,16 @@ class Accumulate(Gadget):
     """
 
     name: ClassVar[str] = "accumulate"
-    sequence: str = "auto"
+    sequence: Literal["auto", "t2ir_gre", "vfa_gre", "megre", "fisp_mrf"] = "auto"
     """Name of the sequence, or ``auto`` for what the header says."""
     axes: str = ""
     """Counters of the contrast axes, as in ``ti=segment,tau=set,te=contrast``; empty for the usual ones."""
-    phase_sign: int = 1
+    phase_sign: Literal[1, -1] = 1
     """-1 where the raw data were stored conjugated."""
-    storage: str = "auto"
+    storage: Literal["auto", "lines", "reduced"] = "auto"
     """``lines`` keeps the sampled lines, ``reduced`` only their Gram form, ``auto`` what the solver needs."""
-    minimum_fraction: float = 0.0
+    minimum_fraction: float = field(default=0.0, metadata={"minimum": 0, "maximum": 1})
     """Share of the points of all frames that must have come for a scan to be reconstructed, 0..1."""
-
-    def prepare(self, context: Context) -> None:  # noqa: ARG002
-        """Check the settings.
-
-        Raises:
-            ScanError: if one is out of range.
-        """
-        if self.storage not in ("auto", "lines", "reduced"):
-            raise ScanError(f"accumulate: storage is '{self.storage}'; it must be auto, lines or reduced")
-        if not 0 <= self.minimum_fraction <= 1:
-            raise ScanError(f"accumulate: minimum_fraction is {self.minimum_fraction:g}; it must lie in 0..1")
 
     def __call__(self, items: Iterable[AcquisitionBlock], context: Context) -> Iterator[ScanData]:
         """Read the stream to its end and yield its only result.

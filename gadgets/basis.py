@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget
@@ -12,34 +12,31 @@ from quantitron.recon.data import Basis, Calibration, KSpace, Problem, ReducedKS
 from quantitron.recon.gram import reduce_kspace
 from quantitron.recon.temporal_basis import centre_basis, dictionary_basis, measured_basis
 
-SOURCES = ("auto", "dictionary", "navigator", "centre")
-
 
 @dataclass(frozen=True)
 class BasisGadget(Gadget):
     """Finds the temporal basis over the contrasts (METHODS 3) and splits the scan into slices."""
 
     name: ClassVar[str] = "basis"
-    source: str = "auto"
+    source: Literal["auto", "dictionary", "navigator", "centre"] = "auto"
     """``dictionary`` (from the protocol, before the scan), ``navigator`` or ``centre`` (from the data);
     ``auto`` is the dictionary."""
-    rank: float = 0.99999
+    rank: int | float = field(default=0.99999, metadata={"above": 0})
     """Columns (1 or more, whole), or below 1 the share of the signal's energy to keep."""
 
     @property
     def columns_or_energy(self) -> int | float:
         """``rank`` as the number of columns (int) or the share of the energy (float)."""
-        return int(self.rank) if self.rank >= 1 else self.rank
+        return int(self.rank) if self.rank >= 1 else float(self.rank)
 
     def prepare(self, context: Context) -> None:
         """Check the rank, and set ``context.basis`` where the protocol determines it.
 
         Raises:
-            ScanError: if the source is unknown, or the rank is no rank or above the number of contrasts.
+            ScanError: if the rank is neither a number of columns nor an energy, or above the number of
+                contrasts.
         """
-        if self.source not in SOURCES:
-            raise ScanError(f"basis: source is '{self.source}'; it must be one of {', '.join(SOURCES)}")
-        if not self.rank > 0 or (self.rank >= 1 and self.rank != int(self.rank)):
+        if self.rank >= 1 and self.rank != int(self.rank):
             raise ScanError(
                 f"basis: rank is {self.rank:g}; it must be a whole number of columns, or an energy between "
                 "0 and 1"

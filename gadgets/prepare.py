@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -50,7 +50,7 @@ class NoiseAdjust(Gadget):
     """
 
     name: ClassVar[str] = "noise_adjust"
-    receiver_bandwidth_ratio: float = 0.793
+    receiver_bandwidth_ratio: float = field(default=0.793, metadata={"above": 0})
     """Noise bandwidth of a receiver over its sampling bandwidth, where the header does not give it."""
 
     def __call__(self, items: Iterable[AcquisitionBlock], context: Context) -> Iterator[AcquisitionBlock]:
@@ -322,21 +322,12 @@ class CompressCoils(Gadget):
     """
 
     name: ClassVar[str] = "compress_coils"
-    coils: int = 0
+    coils: int = field(default=0, metadata={"minimum": 0})
     """Virtual channels; 0 leaves the channels as they are."""
-    lines: int = 128
+    lines: int = field(default=128, metadata={"minimum": 1})
     """Fewest lines that the combination is taken from."""
-    longest_wait: int = 4096
+    longest_wait: int = field(default=4096, metadata={"minimum": 1})
     """Most lines that wait for one near the centre of k-space."""
-
-    def prepare(self, context: Context) -> None:  # noqa: ARG002
-        """Check the settings.
-
-        Raises:
-            ScanError: if a number is negative, or no line may wait.
-        """
-        if self.coils < 0 or self.lines < 1 or self.longest_wait < 1:
-            raise ScanError("compress_coils: coils must be 0 or more, lines and longest_wait 1 or more")
 
     def __call__(self, items: Iterable[AcquisitionBlock], context: Context) -> Iterator[AcquisitionBlock]:
         """Compress blocks.
@@ -390,9 +381,9 @@ class CompressCoils(Gadget):
         for block in blocks:
             self._check(block, channels)
             for number, line in enumerate(block.data[: max(0, lines)].astype(np.complex128), block.first):
-                moment += line @ line.conj().T
-                if not np.isfinite(moment).all():
+                if not np.isfinite(line).all():
                     raise ScanError(f"acquisition {number} has samples that are not finite numbers")
+                moment += line @ line.conj().T
             lines -= len(block)
         values, vectors = np.linalg.eigh(moment)
         kept = vectors[:, ::-1][:, : self.coils]

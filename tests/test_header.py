@@ -1,0 +1,365 @@
+"""Header <-> Encoding and Protocol, and the sequence that a header describes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import ismrmrd.xsd as xsd
+import pytest
+from line_factory import encoding, megre, t2ir, vfa
+
+from quantitron.gadgets.errors import ScanError
+from quantitron.gadgets.header import counter_length, make_context, make_header, parse_header, phase_encoding
+from quantitron.gadgets.sequence import contrast_axes, detect_sequence
+
+SHARED = Path(__file__).parents[2] / "shared"
+PRISMA = SHARED / "data" / "ismrmrd_prisma3T_20ch_2echo_gre_phantom.h5"
+
+
+def close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("protocol", [megre(), vfa(), t2ir(), replace(t2ir(), inversion_efficiency=0.9)])
+@pytest.mark.parametrize("matrix", [(1, 8, 16), (6, 20, 31)])
+def test_written_header_reads_back_as_written(protocol, matrix):
+    protocol = replace(protocol, field_strength=2.89)
+    grid = encoding(matrix, coils=5, slices=3, delivered=(matrix[0], 6, matrix[2]))
+    text = xsd.ToXML(make_header(grid, protocol, readout_oversampling=2))
+    context = make_context(parse_header(text))
+    assert context.encoding.matrix == grid.matrix
+    assert context.encoding.delivered_matrix == grid.delivered_matrix
+    assert context.encoding.slices == 3
+    assert context.encoding.coils == 5
+    assert all(map(close, context.encoding.field_of_view, grid.field_of_view))
+    assert all(map(close, context.protocol.echo_time, protocol.echo_time))
+    assert all(map(close, context.protocol.flip_angle, protocol.flip_angle))
+    assert all(map(close, context.protocol.preparation_time, protocol.preparation_time))
+    assert context.protocol.contrast_shape == protocol.contrast_shape
+    assert context.protocol.inversion_efficiency == protocol.inversion_efficiency
+    assert context.protocol.field_strength == 2.89
+    assert context.notes == []
+    assert "<version>" not in text  # Gadgetron hangs where it differs from its own
+
+
+def test_fractional_oversampling_keeps_the_voxel_size():
+    grid = encoding((1, 8, 30))
+    context = make_context(make_header(grid, megre(), readout_oversampling=1.6))
+    assert context.header.encoding[0].encodedSpace.matrixSize.x == 48
+    assert context.encoding.matrix == (1, 8, 30)
+    assert all(map(close, context.encoding.voxel_size, grid.voxel_size))
+
+
+@pytest.mark.parametrize(
+    ("protocol", "counters"),
+    [
+        (megre(), {"te": "contrast"}),
+        (vfa(), {"ti": "set", "te": "contrast"}),
+        (t2ir(), {"ti": "segment", "tau": "set", "te": "contrast"}),
+    ],
+)
+def test_default_counters(protocol, counters):
+    assert make_context(make_header(encoding(), protocol)).axes == counters
+
+
+def test_counters_can_be_overridden():
+    header = make_header(encoding(), t2ir(), axes="ti=repetition, tau=user_3")
+    context = make_context(header, axes="ti=repetition,tau=user_3")
+    assert context.axes == {"ti": "repetition", "tau": "user_3", "te": "contrast"}
+    assert counter_length(header, "user_3") == 3
+    assert contrast_axes("vfa_gre", "fa=repetition")["ti"] == "repetition"
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        ("tau=set", "megre has the axes te"),
+        ("te=contrst", "nearest: contrast"),
+        ("te=kspace_encode_step_1", "cannot carry a contrast"),
+        ("te", "axis=counter"),
+    ],
+)
+def test_wrong_counters_are_named(axes, words):
+    with pytest.raises(ScanError, match=words):
+        contrast_axes("megre", axes)
+
+
+def test_one_counter_for_two_axes_is_an_error():
+    with pytest.raises(ScanError, match="one counter to two axes"):
+        contrast_axes("t2ir_gre", "ti=set")
+
+
+# ---- which sequence it is
+
+
+def anonymous(protocol):
+    """A header that names no sequence."""
+    header = make_header(encoding(), protocol, protocol_name="brain")
+    header.sequenceParameters.sequence_type = "Flash"
+    return header
+
+
+@pytest.mark.parametrize("protocol", [megre(), vfa(), t2ir()])
+def test_what_the_header_shows_decides_and_is_noted(protocol):
+    context = make_context(anonymous(protocol))
+    assert context.protocol.sequence == protocol.sequence
+    assert any(f"taken as {protocol.sequence}" in note for note in context.notes)
+
+
+def test_order_of_precedence():
+    header = anonymous(t2ir())
+    header.measurementInformation.protocolName = "VFA-GRE sagittal"
+    assert detect_sequence(header)[0] == "vfa_gre"
+    header.sequenceParameters.sequence_type = "megre"
+    assert detect_sequence(header) == ("megre", None)
+    assert detect_sequence(header, "t2ir_gre") == ("t2ir_gre", None)
+
+
+def test_unknown_sequence_lists_the_known_ones():
+    header = anonymous(megre())
+    header.sequenceParameters.TE = [5.0]
+    with pytest.raises(ScanError, match="t2ir_gre, vfa_gre, megre, fisp_mrf"):
+        make_context(header)
+    with pytest.raises(ScanError, match="nearest: megre"):
+        make_context(header, sequence="megr")
+
+
+@pytest.mark.parametrize("trajectory", [xsd.trajectoryType.SPIRAL, xsd.trajectoryType.RADIAL])
+def test_non_cartesian_scans_are_refused_in_one_sentence(trajectory):
+    header = anonymous(megre())
+    header.encoding[0].trajectory = trajectory
+    with pytest.raises(ScanError, match="not supported in this version"):
+        make_context(header)
+    with pytest.raises(ScanError, match="Cartesian"):
+        make_context(header, sequence="megre")
+
+
+def test_fingerprint_by_name_is_refused():
+    with pytest.raises(ScanError, match="fisp_mrf"):
+        make_context(anonymous(megre()), sequence="fisp_mrf")
+
+
+# ---- protocol
+
+
+def test_seconds_are_recognised_and_noted():
+    header = make_header(encoding(), t2ir())
+    parameters = header.sequenceParameters
+    parameters.TE, parameters.TR = [0.004, 0.008], [0.03]
+    for entry in header.userParameters.userParameterDouble:
+        entry.value /= 1e3
+    context = make_context(header)
+    assert context.protocol.echo_time == (0.004, 0.008)
+    assert context.protocol.repetition_time == (0.03,)
+    assert context.protocol.preparation_time == (0.025, 0.05, 0.09)
+    for name in ("TE", "TR", "T2PrepDuration"):
+        assert any(note.startswith(f"{name} of") and "taken as seconds" in note for note in context.notes)
+
+
+def test_long_tr_in_ms_is_not_taken_for_seconds():
+    header = make_header(encoding(), megre())
+    header.sequenceParameters.TR = [15.0]
+    assert make_context(header).protocol.repetition_time == (0.015,)
+
+
+def test_short_echo_times_in_ms_stay_ms():
+    header = make_header(encoding(), megre())
+    header.sequenceParameters.TE = [0.07, 2.3]
+    assert make_context(header).protocol.echo_time == pytest.approx((70e-6, 2.3e-3))
+
+
+def test_one_value_for_all_and_one_per_index():
+    header = make_header(encoding(), vfa())
+    header.sequenceParameters.TR = [30.0, 30.0, 30.0]
+    assert make_context(header).protocol.repetition_time == (0.03,)
+    header.sequenceParameters.TR = [30.0, 40.0, 30.0]
+    with pytest.raises(ScanError, match="several values of TR"):
+        make_context(header)
+
+
+def test_efficiency_may_come_as_an_integer():
+    header = make_header(encoding(), t2ir())
+    header.userParameters.userParameterLong.append(
+        xsd.userParameterLongType(name="InversionEfficiency", value=1)
+    )
+    assert make_context(header).protocol.inversion_efficiency == 1
+    header.userParameters.userParameterLong[0].value = 95
+    with pytest.raises(ScanError, match=r"InversionEfficiency is 95; it must lie in 0\.\.1"):
+        make_context(header)
+
+
+def test_excitations_come_from_the_inversion_times_where_limits_are_absent():
+    header = make_header(encoding(), t2ir())
+    header.encoding[0].encodingLimits = xsd.encodingLimitsType()
+    with pytest.raises(ScanError, match="how many excitations"):
+        make_context(header)
+    header.sequenceParameters.TI = [30.0 * n for n in range(7)]
+    assert make_context(header).protocol.excitations == 7
+
+
+def test_field_strength_from_the_resonance_frequency():
+    header = make_header(encoding(), megre())
+    header.acquisitionSystemInformation = None
+    header.experimentalConditions.H1resonanceFrequency_Hz = 123_242_774
+    context = make_context(header)
+    assert context.protocol.field_strength == pytest.approx(2.8946, abs=1e-3)
+    assert context.encoding.coils == 1
+
+
+def test_phase_sign_is_kept():
+    assert make_context(make_header(encoding(), megre()), phase_sign=-1).protocol.phase_sign == -1
+    with pytest.raises(ScanError, match="phase_sign"):
+        make_context(make_header(encoding(), megre()), phase_sign=2)
+
+
+def break_no_parameters(header):
+    header.sequenceParameters = None
+
+
+def break_no_te(header):
+    header.sequenceParameters.TE = []
+
+
+def break_more_te(header):
+    header.sequenceParameters.TE = [4.0, 8.0, 12.0]
+
+
+def break_fewer_te(header):
+    header.sequenceParameters.TE = [4.0]
+
+
+def break_te_order(header):
+    header.sequenceParameters.TE = [8.0, 4.0]
+
+
+def break_te_nan(header):
+    header.sequenceParameters.TE = [4.0, math.nan]
+
+
+def break_angles(header):
+    header.sequenceParameters.flipAngle_deg = [5.0, 15.0]
+
+
+def break_one_angle(header):
+    header.sequenceParameters.flipAngle_deg = [5.0]
+
+
+def break_angle_size(header):
+    header.sequenceParameters.flipAngle_deg = [5.0, 15.0, 300.0]
+
+
+def break_no_tr(header):
+    header.sequenceParameters.TR = []
+
+
+def break_tr(header):
+    header.sequenceParameters.TR = [7.0]
+
+
+def break_matrix(header):
+    header.encoding[0].encodedSpace.matrixSize.y = 0
+
+
+def break_field(header):
+    header.encoding[0].reconSpace.fieldOfView_mm.x = math.nan
+
+
+def break_encoding(header):
+    header.encoding = []
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (break_no_parameters, r"no echo time \(sequenceParameters.TE\)"),
+        (break_no_te, "no echo time"),
+        (break_more_te, "3 values of TE, but encodingLimits allows 2 of the counter 'contrast'"),
+        (break_fewer_te, "1 values of TE, but encodingLimits allows 2"),
+        (break_te_order, "not positive and ascending: 8, 4"),
+        (break_te_nan, "TE holds values that are no time"),
+        (break_angles, "2 values of flipAngle_deg, but encodingLimits allows 3 of the counter 'set'"),
+        (break_one_angle, "needs two or more"),
+        (break_angle_size, r"not in 0\.\.180 degrees: 5, 15, 300"),
+        (break_no_tr, "no TR, which vfa_gre needs"),
+        (break_tr, "not shorter than the TR of 7 ms"),
+        (break_matrix, "encodedSpace matrix size along y is 0"),
+        (break_field, "reconSpace field of view along x is nan mm"),
+        (break_encoding, "no <encoding>"),
+    ],
+)
+def test_bad_headers_are_named(damage, words):
+    header = make_header(encoding(), vfa())
+    damage(header)
+    with pytest.raises(ScanError, match=words):
+        make_context(header)
+
+
+def test_missing_preparations_are_named():
+    header = make_header(encoding(), t2ir())
+    header.userParameters = None
+    with pytest.raises(ScanError, match="T2PrepDuration_0"):
+        make_context(header)
+
+
+# ---- encoding and limits
+
+
+def test_phase_oversampling_and_interpolation():
+    grid = encoding((12, 20, 16), delivered=(8, 14, 16))
+    header = make_header(grid, megre())
+    header.encoding[0].reconSpace.matrixSize.y = 28  # interpolated twofold
+    context = make_context(header)
+    assert context.encoding.delivered_matrix == (8, 14, 16)
+    assert [note for note in context.notes if "28 voxels along y where 14 were encoded" in note]
+
+
+def test_header_without_limits_or_optional_elements():
+    text = """<?xml version="1.0"?><ismrmrdHeader xmlns="http://www.ismrm.org/ISMRMRD">
+      <experimentalConditions><H1resonanceFrequency_Hz>123000000</H1resonanceFrequency_Hz></experimentalConditions>
+      <encoding><encodedSpace><matrixSize><x>32</x><y>16</y><z>1</z></matrixSize>
+        <fieldOfView_mm><x>320</x><y>160</y><z>3</z></fieldOfView_mm></encodedSpace>
+      <reconSpace><matrixSize><x>16</x><y>16</y><z>1</z></matrixSize>
+        <fieldOfView_mm><x>160</x><y>160</y><z>3</z></fieldOfView_mm></reconSpace>
+      <trajectory>cartesian</trajectory><vendorExtension>1</vendorExtension></encoding>
+      <sequenceParameters><TE>5</TE><TE>10</TE></sequenceParameters></ismrmrdHeader>"""
+    context = make_context(parse_header(text))
+    assert context.protocol.sequence == "megre"
+    assert context.encoding.matrix == (1, 16, 16)
+    assert context.encoding.slices == 1
+    assert phase_encoding(context.header, context.encoding, 1, []).centre is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "scan", "<a/>", "<ismrmrdHeader xmlns='http://www.ismrm.org/ISMRMRD'/>"]
+)
+def test_text_that_is_no_header(text):
+    with pytest.raises(ScanError, match="not an ISMRMRD header"):
+        parse_header(text)
+
+
+def test_centre_that_cannot_be_is_replaced_by_the_middle():
+    header = make_header(encoding((1, 8, 16)), megre(), centre=(0, 0))
+    context = make_context(header)
+    notes = []
+    assert phase_encoding(header, context.encoding, 1, notes).centre == 4
+    assert "the middle 4 is used" in notes[0]
+
+
+def test_partial_fourier_centre_is_kept():
+    header = make_header(encoding((1, 16, 16)), megre(), centre=(0, 3), last=(0, 10))
+    notes = []
+    lines = phase_encoding(header, make_context(header).encoding, 1, notes)
+    assert (lines.centre, lines.first, lines.last, notes) == (3, 0, 10, [])
+
+
+@pytest.mark.skipif(not PRISMA.exists(), reason="the measured scan is not here")
+def test_measured_scan():
+    with h5py.File(PRISMA) as file:
+        context = make_context(parse_header(file["dataset/xml"][0]))
+    assert context.protocol.sequence == "megre"
+    assert context.protocol.echo_time == pytest.approx((4.92e-3, 7.38e-3))
+    assert context.encoding.matrix == (1, 64, 64)
+    assert context.encoding.field_of_view == pytest.approx((3e-3, 0.22, 0.22))

@@ -1,0 +1,339 @@
+"""Noise adjustment, readout oversampling and coil compression."""
+
+from __future__ import annotations
+
+import ismrmrd
+import numpy as np
+import pytest
+from line_factory import block, context, encoding, joined, megre, noise, numbered, recut
+
+from quantitron.gadgets.errors import ScanError
+from quantitron.gadgets.prepare import CompressCoils, NoiseAdjust, RemoveOversampling
+
+NOISE = ismrmrd.ACQ_IS_NOISE_MEASUREMENT
+REVERSE = ismrmrd.ACQ_IS_REVERSE
+COILS = 4
+
+
+def correlated(shape, seed):
+    """Noise whose channels are correlated and unequal: (n, c, sample)."""
+    mixing = noise((COILS, COILS), 99).astype(np.complex128) + np.diag([1, 2, 3, 4])
+    return np.einsum("dc,ncx->ndx", mixing, noise(shape, seed))
+
+
+def whitened(blocks, scan=None, **settings):
+    scan = scan or context(megre(), encoding(coils=COILS))
+    out = list(NoiseAdjust(**settings)(blocks, scan))
+    return np.concatenate([part.data for part in out]), scan
+
+
+# ---- noise adjustment
+
+
+def test_whitened_noise_is_white_with_unit_variance():
+    lines = numbered(
+        block(correlated((64, COILS, 256), 0), [NOISE]),
+        block(correlated((64, COILS, 32), 1)),
+    )
+    samples, scan = whitened(lines)
+    flat = samples.transpose(1, 0, 2).reshape(COILS, -1)
+    covariance = flat @ flat.conj().T / flat.shape[1]
+    assert np.abs(covariance - np.eye(COILS)).max() < 0.08  # 2048 samples: 1 / sqrt(2048) = 0.022
+    assert samples.shape == (64, COILS, 32)  # the noise lines themselves are gone
+    assert scan.noise_known
+    assert scan.notes == []
+
+
+def test_sampling_time_and_receiver_bandwidth_scale_the_noise():
+    scan_noise = block(correlated((16, COILS, 256), 0), [NOISE], sample_time_us=2.5)
+    lines = block(correlated((2, COILS, 32), 1), sample_time_us=10)
+    scan = context(megre(), encoding(coils=COILS), relative_receiver_noise_bandwidth=0.5)
+    scaled, _ = whitened(numbered(scan_noise, lines), scan)
+    equal = block(scan_noise.data, [NOISE])
+    plain, _ = whitened(numbered(equal, block(lines.data)))
+    np.testing.assert_allclose(scaled, plain * np.sqrt(10 / 2.5 * 0.5), rtol=1e-5)
+    scan.header.acquisitionSystemInformation.relativeReceiverNoiseBandwidth = None
+    by_setting, _ = whitened(numbered(scan_noise, lines), scan, receiver_bandwidth_ratio=0.793)
+    np.testing.assert_allclose(by_setting, plain * np.sqrt(10 / 2.5 * 0.793), rtol=1e-5)
+
+
+def test_sampling_time_may_differ_between_lines():
+    data = correlated((3, COILS, 32), 1)
+    scan_noise = block(correlated((16, COILS, 256), 0), [NOISE])
+    mixed, _ = whitened(numbered(scan_noise, block(data, sample_time_us=[5, 20, 5])))
+    plain, _ = whitened(numbered(scan_noise, block(data)))
+    np.testing.assert_allclose(mixed, plain * np.array([1, 2, 1])[:, None, None], rtol=1e-5)
+
+
+def test_noise_may_be_interleaved_before_the_first_line_only():
+    scan_noise = correlated((8, COILS, 32), 0)
+    lines = block(correlated((4, COILS, 32), 1))
+    dummy = block(correlated((1, COILS, 32), 2), [ismrmrd.ACQ_IS_DUMMYSCAN_DATA])
+    late = block(100 * correlated((8, COILS, 32), 3), [NOISE])
+    together, scan = whitened(
+        numbered(block(scan_noise[:5], [NOISE]), dummy, block(scan_noise[5:], [NOISE]), lines, late)
+    )
+    plain, _ = whitened(numbered(block(scan_noise, [NOISE]), lines))
+    np.testing.assert_array_equal(together, plain)
+    assert scan.notes == ["noise lines that came after the first imaging line were not used"]
+
+
+def test_scan_without_noise_passes_and_says_so():
+    data = correlated((4, COILS, 32), 1)
+    samples, scan = whitened(numbered(block(data)))
+    np.testing.assert_array_equal(samples, data.astype(np.complex64))
+    assert not scan.noise_known
+    assert "no noise lines" in scan.notes[0]
+
+
+def test_few_noise_samples_take_out_variances_only():
+    scan_noise = correlated((1, COILS, 8), 0)
+    samples, scan = whitened(numbered(block(scan_noise, [NOISE]), block(correlated((1, COILS, 32), 1))))
+    deviation = np.sqrt((np.abs(scan_noise[0]) ** 2).mean(axis=1))
+    np.testing.assert_allclose(samples[0], correlated((1, COILS, 32), 1)[0] / deviation[:, None], rtol=1e-5)
+    assert "8 samples for 4 channels" in scan.notes[0]
+
+
+def test_dead_channel_is_switched_off():
+    scan_noise = correlated((16, COILS, 64), 0)
+    scan_noise[:, 2] = 0
+    samples, scan = whitened(numbered(block(scan_noise, [NOISE]), block(correlated((1, COILS, 32), 1))))
+    assert np.all(samples[:, 2] == 0)
+    assert np.isfinite(samples).all()
+    assert np.abs(samples[:, [0, 1, 3]]).min() > 0
+    assert "1 of 4 channels have no noise" in scan.notes[0]
+
+
+def test_bad_noise_is_named():
+    bad = correlated((4, COILS, 32), 0)
+    bad[3, 1, 5] = np.nan
+    with pytest.raises(ScanError, match="noise acquisition 3 has samples that are not finite"):
+        whitened(numbered(block(bad, [NOISE]), block(correlated((1, COILS, 16), 0))))
+
+
+def test_channels_that_differ_from_the_noise_scan_are_named():
+    with pytest.raises(ScanError, match="acquisition 16 has 3 channels, the noise scan has 4"):
+        whitened(numbered(block(correlated((16, COILS, 32), 0), [NOISE]), block(noise((2, 3, 32)))))
+
+
+def test_unused_lines_are_dropped_and_numbers_stay_true():
+    data = block(correlated((6, COILS, 32), 1))
+    data.head["flags"][2:4] = 1 << (ismrmrd.ACQ_IS_PHASECORR_DATA - 1)
+    scan = context(megre(), encoding(coils=COILS))
+    out = list(NoiseAdjust()([data], scan))
+    assert [(part.first, len(part)) for part in out] == [(0, 2), (4, 2)]
+
+
+# ---- readout oversampling
+
+
+def readout(blocks, nx=16, oversampling=2.0):
+    scan = context(megre(), encoding((1, 8, nx), coils=1), oversampling)
+    out = list(RemoveOversampling()(blocks, scan))
+    assert all(part.hybrid for part in out)
+    return np.concatenate([part.data for part in out])[:, 0], scan
+
+
+def spectrum(image):
+    """Unitary centred Fourier transform of (..., x) by its definition."""
+    n = image.shape[-1]
+    x = np.arange(n) - n // 2
+    return image @ np.exp(-2j * np.pi * np.outer(x, x) / n) / np.sqrt(n)
+
+
+@pytest.mark.parametrize(("nx", "oversampling"), [(16, 2), (16, 1), (15, 1), (15, 2), (20, 1.6), (13, 1.4)])
+def test_object_inside_the_field_of_view_is_kept(nx, oversampling):
+    encoded = round(nx * oversampling)
+    image = np.zeros((3, 1, encoded), complex)
+    inside = slice(encoded // 2 - nx // 2, encoded // 2 - nx // 2 + nx)
+    image[..., inside] = noise((3, 1, nx))
+    result, scan = readout([block(spectrum(image))], nx, oversampling)
+    np.testing.assert_allclose(result, image[:, 0, inside], atol=2e-6)
+    assert scan.notes == []
+
+
+def test_noise_keeps_its_variance():
+    result, _ = readout([block(noise((400, 1, 32)))])
+    assert np.mean(np.abs(result) ** 2) == pytest.approx(1, abs=0.03)
+
+
+def test_reversed_readout_equals_the_forward_one():
+    data = noise((4, 1, 32))
+    forward, _ = readout([block(data)])
+    turned, _ = readout([block(data[..., ::-1], [REVERSE])])
+    np.testing.assert_array_equal(turned, forward)
+    both = joined(block(data[:2]), block(data[2:, :, ::-1], [REVERSE]))
+    mixed, _ = readout([both])
+    np.testing.assert_array_equal(mixed, forward)
+
+
+@pytest.mark.parametrize("mirrored_centre", [10, 24 - 10, 24 - 1 - 10])
+def test_reversed_asymmetric_readout_whichever_end_the_centre_counts_from(mirrored_centre):
+    data = noise((4, 1, 24))
+    forward, _ = readout([block(data, center_sample=10)])
+    lines = joined(
+        block(data[:2], center_sample=10),
+        block(data[2:, :, ::-1], [REVERSE], center_sample=mirrored_centre),
+    )
+    mixed, _ = readout([lines])
+    np.testing.assert_array_equal(mixed, forward)
+
+
+def test_discarded_samples_of_a_reversed_line_are_those_of_its_own_time():
+    data = noise((1, 1, 32))
+    forward, _ = readout([block(data, discard_pre=6, discard_post=2)])
+    turned, _ = readout([block(data[..., ::-1], [REVERSE], discard_pre=2, discard_post=6)])
+    np.testing.assert_array_equal(turned, forward)
+
+
+def test_asymmetric_echo_lands_by_its_centre_and_the_rest_is_zero():
+    full = noise((2, 1, 32))
+    cut, scan = readout([block(full[..., 10:], center_sample=6)])
+    zeroed = full.copy()
+    zeroed[..., :10] = 0
+    expected, _ = readout([block(zeroed)])
+    np.testing.assert_allclose(cut, expected, atol=1e-6)
+    assert scan.notes == ["readouts cover 22 of 32 encoded samples; the others are zero"]
+
+
+def test_discarded_samples_do_not_count():
+    full = noise((2, 1, 32))
+    spoiled = full.copy()
+    spoiled[..., :5], spoiled[..., 29:] = 1e6, -1e6
+    full[..., :5], full[..., 29:] = 0, 0
+    cut, _ = readout([block(spoiled, discard_pre=5, discard_post=3)])
+    expected, _ = readout([block(full)])
+    np.testing.assert_allclose(cut, expected, atol=1e-6)
+
+
+def test_lines_of_different_layout_in_one_block():
+    data = noise((6, 1, 24))
+    centres, pre = np.array([6, 12, 6, 12, 12, 6]), np.array([0, 0, 2, 0, 3, 0])
+    together, _ = readout([block(data, center_sample=centres, discard_pre=pre)])
+    for row in range(6):
+        alone, _ = readout([block(data[row : row + 1], center_sample=centres[row], discard_pre=pre[row])])
+        np.testing.assert_array_equal(together[row], alone[0])
+
+
+@pytest.mark.parametrize("centre", [32, 40, 0])
+def test_impossible_centre_is_taken_as_centred(centre):
+    data = noise((2, 1, 32))
+    result, _ = readout([block(data, center_sample=centre)])
+    expected, _ = readout([block(data)])
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_readout_far_longer_than_the_grid_is_an_error():
+    with pytest.raises(
+        ScanError, match="acquisition 7 has 64 samples, but the header's encoded matrix has 32"
+    ):
+        readout([block(noise((1, 1, 64)), first=7)])
+
+
+def test_line_without_samples_left_is_an_error():
+    with pytest.raises(ScanError, match="keeps none of its 32 samples"):
+        readout([block(noise((1, 1, 32)), discard_pre=20, discard_post=12)])
+
+
+def test_not_a_number_stays_in_its_own_line():
+    data = noise((3, 1, 32))
+    expected, _ = readout([block(data)])
+    data[1, 0, 4] = np.nan
+    result, _ = readout([block(data)])
+    np.testing.assert_array_equal(result[[0, 2]], expected[[0, 2]])
+    assert np.isnan(result[1]).any()
+
+
+def test_spirals_are_left_alone():
+    scan = context(megre(), encoding(coils=1))
+    scan.encoding = type(scan.encoding)(**{**vars(scan.encoding), "trajectory": "spiral"})
+    lines = block(noise((2, 1, 50)))
+    assert list(RemoveOversampling()([lines], scan)) == [lines]
+
+
+# ---- coil compression
+
+
+def low_rank(n, rank=2, coils=6, seed=0):
+    """Signals that only ``rank`` virtual channels see: (n, c, x)."""
+    maps = noise((coils, rank), 50)
+    return np.einsum("cr,nrx->ncx", maps, noise((n, rank, 16), seed))
+
+
+def compressed(blocks, **settings):
+    scan = context(megre(), encoding((1, 64, 16), coils=6))
+    return np.concatenate([part.data for part in CompressCoils(**settings)(blocks, scan)])
+
+
+def test_compression_keeps_what_few_channels_see():
+    data = low_rank(200)
+    small = compressed(numbered(block(data, kspace_encode_step_1=np.arange(200) % 64)), coils=2)
+    assert small.shape == (200, 2, 16)
+    assert np.linalg.norm(small) == pytest.approx(np.linalg.norm(data), rel=1e-5)
+    # inner products between lines survive: the combination has orthonormal rows
+    np.testing.assert_allclose(
+        np.einsum("ncx,mcx->nm", small, small.conj()),
+        np.einsum("ncx,mcx->nm", data, data.conj()),
+        atol=1e-3,
+    )
+
+
+def test_white_noise_stays_white():
+    small = compressed(numbered(block(noise((300, 6, 16)), kspace_encode_step_1=32)), coils=3)
+    flat = small.transpose(1, 0, 2).reshape(3, -1)
+    covariance = flat @ flat.conj().T / flat.shape[1]
+    assert np.abs(covariance - np.eye(3)).max() < 0.08
+
+
+def test_off_and_more_channels_than_there_are():
+    data = noise((4, 6, 16))
+    np.testing.assert_array_equal(compressed(numbered(block(data))), data)
+    more = compressed(numbered(block(data, kspace_encode_step_1=32)), coils=9)
+    assert more.shape == data.shape
+    assert np.linalg.norm(more) == pytest.approx(np.linalg.norm(data), rel=1e-5)
+
+
+def test_edge_lines_wait_for_the_centre():
+    # the edge holds only noise in channels that the centre's signal does not use
+    data = 1e-3 * noise((64, 6, 16))
+    data[30:35] = low_rank(5, 1)
+    small = compressed(numbered(block(data, kspace_encode_step_1=np.arange(64))), coils=1, lines=4)
+    assert np.linalg.norm(small[32]) == pytest.approx(np.linalg.norm(data[32]), rel=1e-5)
+    early = compressed(
+        numbered(block(data, kspace_encode_step_1=np.arange(64))), coils=1, lines=4, longest_wait=8
+    )
+    assert np.linalg.norm(early[32]) < 0.95 * np.linalg.norm(data[32])
+
+
+def test_not_a_number_in_the_first_lines_is_named():
+    data = noise((8, 6, 16))
+    data[5, 0, 0] = np.inf
+    with pytest.raises(ScanError, match="acquisition 5 has samples that are not finite"):
+        compressed(numbered(block(data, kspace_encode_step_1=32)), coils=2, lines=8)
+
+
+def test_changing_number_of_channels_is_named():
+    lines = [block(noise((8, 6, 16)), kspace_encode_step_1=32), block(noise((2, 5, 16)))]
+    with pytest.raises(ScanError, match="acquisition 8 has 5 channels, the ones before have 6"):
+        compressed(numbered(*lines), coils=2, lines=4)
+
+
+# ---- blocks
+
+
+@pytest.mark.parametrize("length", [1, 7, 50, 128])
+def test_the_cut_into_blocks_changes_no_bit(length):
+    lines = joined(
+        block(noise((40, 6, 32)), [NOISE]),
+        block(noise((300, 6, 32), 1), kspace_encode_step_1=np.arange(300) % 64),
+    )
+    lines.head["flags"][100:120] |= np.uint64(1 << (REVERSE - 1))
+    lines.head["sample_time_us"][200:] = 7
+
+    def run(blocks):
+        scan = context(megre(), encoding((1, 64, 16), coils=6))
+        for gadget in (NoiseAdjust(), RemoveOversampling(), CompressCoils(coils=3)):
+            blocks = gadget(blocks, scan)
+        return np.concatenate([part.data for part in blocks])
+
+    np.testing.assert_array_equal(run(recut(lines, length)), run(recut(lines, 97)))
