@@ -90,6 +90,7 @@ class Reconstruct(Gadget):
         """Reconstruct slice by slice; a slice that fails leaves no values and does not take the others along."""
         problems = list(items)
         device = choose_device(self.device)
+        context.device = str(device)
         finished: list[Maps | None] = []
         reason = ""
         with _device_to_ourselves(device):

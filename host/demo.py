@@ -40,7 +40,7 @@ class Scan:
 
 SCANS = (
     Scan("vfa_gre", (64, 64, 8), (224.0, 224.0, 32.0), 8.0),
-    Scan("t2ir_gre", (64, 64, 8), (224.0, 224.0, 32.0), 60.0, excitations=20),
+    Scan("t2ir_gre", (64, 64, 8), (224.0, 224.0, 32.0), 40.0, excitations=40),
 )
 
 

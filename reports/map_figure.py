@@ -21,7 +21,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from quantitron.gadgets.errors import ScanError
+from quantitron.gadgets.map_roles import MAP_ROLES
 from quantitron.gadgets.map_volume import MapVolume
+from quantitron.recon.metrics import CAPS
 
 TITLES = {
     "T1": "T1",
@@ -42,6 +44,7 @@ TITLES = {
 _COLOURS = {"T1": cm.lipari, "T2": cm.navia, "T2STAR": cm.navia, "R2STAR": cm.navia, "PHASE": cm.vikO}
 _SIGNED = ("FREQMAP", "PHASE", "CHI", "CHINEG")
 _FULL_SCALE = {"T1": 3000.0, "T2": 150.0, "T2STAR": 100.0}
+_CAPS_MS = {MAP_ROLES[name].name: 1e3 * cap for name, cap in CAPS.items()}
 _PANEL = 2.6
 """Width of one panel [inch]."""
 
@@ -89,7 +92,9 @@ def figure_beside_truth(
             pair = np.isfinite(found) & np.isfinite(right)
             energy = float(np.sum(found[pair] ** 2))
             found = found * (float(np.sum(found[pair] * right[pair])) / energy if energy > 0 else 1.0)
-        difference = found - right
+        # beyond these no scan resolves fluid, and the metrics do not count it either
+        cap = _CAPS_MS.get(role, math.inf)
+        difference = np.minimum(found, cap) - np.minimum(right, cap)
         if role == "PHASE":
             difference = np.angle(np.exp(1j * difference))
         limits = _limits(role, right)
@@ -158,7 +163,7 @@ def _colours(role: str) -> Colormap:
 
 
 def _limits(role: str, values: NDArray[np.float32]) -> tuple[float, float]:
-    """Colour limits: fixed for relaxation times unless they are all much shorter, else from the values."""
+    """Colour limits: those of brain tissue where they suit the relaxation times, else from the values."""
     known = values[np.isfinite(values)]
     top = float(np.percentile(np.abs(known), 99)) if known.size else 1.0
     top = top or 1.0
@@ -167,7 +172,7 @@ def _limits(role: str, values: NDArray[np.float32]) -> tuple[float, float]:
     if role in _SIGNED:
         return -top, top
     full = _FULL_SCALE.get(role)
-    if full is not None and top > 0.3 * full:
+    if full is not None and known.size and 0.2 * full < float(np.median(known)) < 0.8 * full:
         top = full
     return 0.0, top
 
