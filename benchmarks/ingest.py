@@ -143,10 +143,14 @@ def run(gadget_names: list[str], source: Callable[[], Iterable[Any]], count: int
     )
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
     before = memory("VmRSS")
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     result = chain(source())
-    seconds = time.perf_counter() - began
-    found = {"acquisitions_per_second": count / seconds, "peak_bytes": float(memory("VmHWM") - before)}
+    seconds, worked = time.perf_counter() - began, time.process_time() - worked
+    found = {
+        "acquisitions_per_second": count / seconds,
+        "processor_us_per_acquisition": 1e6 * worked / count,
+        "peak_bytes": float(memory("VmHWM") - before),
+    }
     if "accumulate" in gadget_names:
         reduced = result.reduced
         found["reduced_bytes"] = float(
@@ -224,7 +228,11 @@ def main() -> None:
         results[name] = queue.get()
         process.join()
     for name, found in results.items():
-        text = f"{found['acquisitions_per_second']:9.0f} /s  peak {found['peak_bytes'] / 1e6:7.1f} MB"
+        text = (
+            f"{found['acquisitions_per_second']:9.0f} /s  "
+            f"{found['processor_us_per_acquisition']:6.1f} us of processor each  "
+            f"peak {found['peak_bytes'] / 1e6:7.1f} MB"
+        )
         if "reduced_bytes" in found:
             text += (
                 f"  reduced problem {found['reduced_bytes'] / 1e6:.1f} MB (rank {found['rank']:.0f}), "

@@ -18,6 +18,7 @@ from quantitron.gadgets.gadget import Context, Gadget
 from quantitron.gadgets.line_position import PositionReader, Positions
 from quantitron.gadgets.line_store import CalibrationStore, GrowingRows, LineStore, NavigatorStore
 from quantitron.gadgets.scan_coverage import ScanCoverage
+from quantitron.gadgets.single_thread import single_thread
 from quantitron.recon.data import ScanData
 from quantitron.recon.gram import GramSum
 
@@ -187,17 +188,18 @@ class _Scan:
             torch.from_numpy(index) for index in (at.contrast, at.echo, at.slice, at.kz, at.ky)
         )
         data = torch.from_numpy(samples)
-        for start in range(0, len(samples), at_once):
-            part = slice(start, start + at_once)
-            gram.add(
-                data[part],
-                contrast[part],
-                echo[part],
-                slice_index[part],
-                kz[part],
-                ky[part],
-                energy=0.0,  # summed here line by line, the same however the stream was cut
-            )
+        with single_thread():
+            for start in range(0, len(samples), at_once):
+                part = slice(start, start + at_once)
+                gram.add(
+                    data[part],
+                    contrast[part],
+                    echo[part],
+                    slice_index[part],
+                    kz[part],
+                    ky[part],
+                    energy=0.0,  # summed here line by line, the same however the stream was cut
+                )
 
     def finish(self) -> ScanData:
         """Judge whether enough came, and hand over."""

@@ -20,6 +20,7 @@ from quantitron.gadgets.acquisition_kind import NOISE, REVERSE, flagged, of_scan
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget
 from quantitron.gadgets.header import encoded_readout, phase_encoding
+from quantitron.gadgets.single_thread import single_thread
 
 logger = logging.getLogger("quantitron")
 
@@ -34,7 +35,8 @@ def _tensor(array: NDArray[np.complex64]) -> torch.Tensor:
 
 def _mix(matrix: NDArray[np.complex64], data: NDArray[np.complex64]) -> NDArray[np.complex64]:
     """Mix channels: (k, c) times (n, c, x)."""
-    mixed: NDArray[np.complex64] = torch.matmul(torch.from_numpy(matrix), _tensor(data)).numpy()
+    with single_thread():
+        mixed: NDArray[np.complex64] = torch.matmul(torch.from_numpy(matrix), _tensor(data)).numpy()
     return mixed
 
 
@@ -213,7 +215,8 @@ class _Readout:
             self._work = torch.empty(shape, dtype=torch.complex64)
             self._image = torch.empty(shape, dtype=torch.complex64)
         self._place(block, self._work.numpy())
-        torch.fft.ifft(self._work, norm="ortho", out=self._image)
+        with single_thread():
+            torch.fft.ifft(self._work, norm="ortho", out=self._image)
         image = self._image.numpy()
         # The transform's zero position comes first; the delivered voxel kept/2 is that one.
         half = self._kept // 2
