@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -17,6 +18,7 @@ from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget
 from quantitron.gadgets.line_position import PositionReader, Positions
 from quantitron.gadgets.line_store import CalibrationStore, GrowingRows, LineStore, NavigatorStore
+from quantitron.gadgets.read_ahead import read_ahead
 from quantitron.gadgets.scan_coverage import ScanCoverage
 from quantitron.gadgets.single_thread import single_thread
 from quantitron.recon.data import ScanData
@@ -56,13 +58,14 @@ class Accumulate(Gadget):
                 channels, or too few data; the sentence names the acquisition.
         """
         scan: _Scan | None = None
-        for block in blocks_of(items):
-            chosen = of_scan(block, context)
-            if scan is None and chosen.any():
-                scan = _Scan(self, context, block)
-            # What follows the end of the measurement is read, so that the sender can finish, but not used.
-            if scan is not None and not scan.ended:
-                scan.add(block, chosen)
+        with closing(read_ahead(blocks_of(items))) as blocks:
+            for block in blocks:
+                chosen = of_scan(block, context)
+                if scan is None and chosen.any():
+                    scan = _Scan(self, context, block)
+                # What follows the end of the measurement is read, so that the sender can finish, not used.
+                if scan is not None and not scan.ended:
+                    scan.add(block, chosen)
         if scan is None:
             raise ScanError("the scan ended without a single imaging line")
         yield scan.finish()
@@ -233,7 +236,5 @@ class _Scan:
 def _energy(block: AcquisitionBlock) -> NDArray[np.float64]:
     """(n,) sum of |s|^2 of each line."""
     flat = np.ascontiguousarray(block.data).reshape(len(block), -1).view(np.float32)
-    energy: NDArray[np.float64] = np.matmul(flat[:, np.newaxis, :], flat[:, :, np.newaxis])[:, 0, 0].astype(
-        np.float64
-    )
+    energy: NDArray[np.float64] = np.einsum("ij,ij->i", flat, flat).astype(np.float64)
     return energy
