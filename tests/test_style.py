@@ -25,7 +25,7 @@ def test_files_are_small_and_say_what_they_are() -> None:
         if name.split("/")[0] in PACKAGED:
             assert text.count("\n") <= LONGEST, f"{name} is too long"
             assert Path(name).stem not in CATCH_ALL, f"{name} is not named after an idea"
-        assert ast.get_docstring(TREES[name]), f"{name} does not say what it is"
+            assert ast.get_docstring(TREES[name]), f"{name} does not say what it is"
 
 
 def test_errors_are_not_swallowed() -> None:
