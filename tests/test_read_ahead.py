@@ -28,11 +28,10 @@ def test_an_error_comes_after_the_items_before_it():
         yield 2
         raise ValueError("broken")
 
-    got = []
-    with pytest.raises(ValueError, match="broken"), closing(read_ahead(source())) as items:
-        for item in items:
-            got.append(item)
-    assert got == [1, 2]
+    items = read_ahead(source())
+    assert [next(items), next(items)] == [1, 2]
+    with pytest.raises(ValueError, match="broken"):
+        next(items)
     assert "read ahead" not in threads()
 
 
@@ -55,10 +54,14 @@ def test_closing_early_closes_the_source_and_makes_no_more_items():
 
 
 def test_an_error_of_the_reader_ends_the_thread():
-    with pytest.raises(RuntimeError), closing(read_ahead(iter(range(1000)))) as items:
-        for item in items:
-            if item == 5:
-                raise RuntimeError
+    def reader():
+        with closing(read_ahead(iter(range(1000)))) as items:
+            for item in items:
+                if item == 5:
+                    raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        reader()
     assert "read ahead" not in threads()
 
 
