@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from quantitron.gadgets.acquisition_block import HEADER_DTYPE, AcquisitionBlock, BlockBuilder
 from quantitron.gadgets.errors import ScanError
 
-ROWS = 512
+ROWS = 128
 """Acquisitions read from the file at a time."""
 
 
