@@ -102,13 +102,13 @@ def encode(
     """
     basis, parts = contrast_parts(scene, protocol, contrasts)
     nz, ny, nx = scene.matrix
-    q = scene.supersampling
+    qz, qy, qx = scene.supersampling
     # Sums run over the box that holds all signal.
     places = np.unravel_index(scene.index, scene.fine_matrix)
     low = [int(place.min()) for place in places]
     high = [int(place.max()) + 1 for place in places]
-    along_z = fourier_matrix(nz, nz, q, low[0], high[0])
-    along_y = fourier_matrix(ny, ny, q, low[1], high[1])
+    along_z = fourier_matrix(nz, nz, qz, low[0], high[0])
+    along_y = fourier_matrix(ny, ny, qy, low[1], high[1])
     box = tuple(b - a for a, b in zip(low, high, strict=True))
     flat = torch.from_numpy(np.ravel_multi_index(tuple(p - a for p, a in zip(places, low, strict=True)), box))
     coils, rank = len(scene.coils), len(parts)
@@ -121,4 +121,4 @@ def encode(
             planes = along_z @ image.view(rank, box[0], box[1] * box[2])  # (l, kz, y x)
             rows = along_y @ planes.view(rank, nz, box[1], box[2])  # (l, kz, ky, x)
             result[number, :, :, :, coil] = rows.permute(1, 2, 0, 3)
-    return EncodedScene(basis, result, fourier_matrix(readout_points, nx, q, low[2], high[2]))
+    return EncodedScene(basis, result, fourier_matrix(readout_points, nx, qx, low[2], high[2]))

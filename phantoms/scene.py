@@ -1,6 +1,6 @@
 """The object as a scan finds it: on a grid finer than the scan's, with all fields filled in.
 
-Each scan voxel is made of ``supersampling``^3 fine voxels. Fine voxel i lies at
+Each scan voxel is made of ``supersampling`` fine voxels along each axis. Fine voxel i lies at
 
     (i - q (n // 2) - (q - 1) / 2) Delta / q        q the supersampling, n the scan matrix, Delta its voxel
 
@@ -43,7 +43,8 @@ class Scene:
 
     matrix: tuple[int, int, int]
     """Scan matrix (z, y, x), without readout oversampling."""
-    supersampling: int
+    supersampling: tuple[int, int, int]
+    """Fine voxels along each edge (z, y, x) of a scan voxel."""
     fine: Anatomy
     """The anatomy on the fine grid."""
     index: NDArray[np.int64]
@@ -71,9 +72,12 @@ class Scene:
 
     def block_mean(self, values: NDArray[np.generic]) -> NDArray[np.generic]:
         """Mean over the fine voxels of each scan voxel: fine (z, y, x) to scan (z, y, x)."""
-        q = self.supersampling
-        nz, ny, nx = self.matrix
-        return values.reshape(nz, q, ny, q, nx, q).mean(axis=(1, 3, 5))
+        return self.blocks(values).mean(axis=(1, 3, 5))
+
+    def blocks(self, values: NDArray[np.generic]) -> NDArray[np.generic]:
+        """Fine (z, y, x) as (z, qz, y, qy, x, qx): the fine voxels of each scan voxel."""
+        (nz, ny, nx), (qz, qy, qx) = self.matrix, self.supersampling
+        return values.reshape(nz, qz, ny, qy, nx, qx)
 
     def contrast(self, protocol: Protocol, part: slice = slice(None)) -> Tensor:
         """Real contrast factor (v, w) of the voxels in ``part``."""
@@ -105,7 +109,7 @@ def make_scene(
     field_of_view: tuple[float, float, float],
     *,
     coils: int,
-    supersampling: int = 2,
+    supersampling: tuple[int, int, int] = (2, 2, 2),
     height: float = 0.0,
     fields: FieldSettings | None = None,
     inversion_efficiency: float = 1.0,
@@ -123,7 +127,7 @@ def make_scene(
         matrix: scan matrix of one slab (z, y, x).
         field_of_view: of one slab [m] (z, y, x).
         coils: receive channels.
-        supersampling: fine voxels along each edge of a scan voxel.
+        supersampling: fine voxels along each edge (z, y, x) of a scan voxel.
         height: centre of the slab along z [m]; the anatomy's centre is 0.
         fields: strength of the fields that are made up.
         inversion_efficiency: 0..1, the same everywhere.
@@ -136,10 +140,10 @@ def make_scene(
     for name in required_maps(protocol.sequence):
         if getattr(anatomy, name) is None:
             raise ScanError(f"the phantom has no '{name}', which {protocol.sequence} needs")
-    q = supersampling
-    shape = (matrix[0] * q, matrix[1] * q, matrix[2] * q)
+    qz, qy, qx = supersampling
+    shape = (matrix[0] * qz, matrix[1] * qy, matrix[2] * qx)
     voxel = (field_of_view[0] / shape[0], field_of_view[1] / shape[1], field_of_view[2] / shape[2])
-    centre = (q * (matrix[0] // 2), q * (matrix[1] // 2), q * (matrix[2] // 2))
+    centre = (qz * (matrix[0] // 2), qy * (matrix[1] // 2), qx * (matrix[2] // 2))
     if anatomy.b0 is None and anatomy.chi is not None:
         # The field of the whole object, not only of what lies in the slab.
         strength = protocol.field_strength if protocol.field_strength is not None else 3.0
@@ -151,7 +155,10 @@ def make_scene(
     if index.size == 0:
         raise ScanError("nothing of the phantom lies inside the field of view")
 
-    axes = [(np.arange(n) - c - (q - 1) / 2) * d for n, c, d in zip(shape, centre, voxel, strict=True)]
+    axes = [
+        (np.arange(n) - c - (q - 1) / 2) * d
+        for n, c, q, d in zip(shape, centre, supersampling, voxel, strict=True)
+    ]
     axes[0] = axes[0] + height
     iz, iy, ix = np.unravel_index(index, shape)
     places = (axes[0][iz], axes[1][iy], axes[2][ix])
@@ -194,7 +201,7 @@ def make_scene(
     sensitivities = coil_sensitivities(places, coils, max(field_of_view[1], field_of_view[2]))
     return Scene(
         matrix=matrix,
-        supersampling=q,
+        supersampling=supersampling,
         fine=fine,
         index=index,
         pd=density,

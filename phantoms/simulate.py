@@ -94,7 +94,7 @@ def simulate(
     acceleration: float = 1.0,
     snr: float | None = 30.0,
     seed: int = 0,
-    supersampling: int = 2,
+    supersampling: int | tuple[int, int, int] = 2,
     slices: int = 1,
     excitations: int | None = None,
     echo_times: tuple[float, ...] | None = None,
@@ -125,8 +125,8 @@ def simulate(
         snr: mean over the brain of the coil-combined signal of the brightest frame over the standard deviation
             of the complex noise of an average channel; None or infinite for no noise (and no noise scan).
         seed: equal seeds give equal files.
-        supersampling: fine voxels of the object along each edge of a scan voxel; 1 puts the object on the scan's
-            own grid.
+        supersampling: fine voxels of the object along the edges of a scan voxel, one number or (x, y, z); 1 puts
+            the object on the scan's own grid.
         slices: slices (z = 1) or slabs, contiguous along z.
         excitations: N of ``t2ir_gre``.
         echo_times: TE [s].
@@ -151,6 +151,8 @@ def simulate(
     output = Path(output)
     if output.exists() and not overwrite:
         raise ScanError(f"{output} exists; overwrite replaces it")
+    if isinstance(supersampling, int):
+        supersampling = (supersampling, supersampling, supersampling)
     _check(matrix, fov, coils, snr, supersampling, slices, readout_oversampling, inversion_efficiency)
     protocol = make_protocol(
         sequence,
@@ -173,7 +175,7 @@ def simulate(
             grid,
             extent,
             coils=coils,
-            supersampling=supersampling,
+            supersampling=(supersampling[2], supersampling[1], supersampling[0]),
             height=height,
             fields=FieldSettings(b0=b0, b1=b1, receive_phase=receive_phase),
             inversion_efficiency=inversion_efficiency,
@@ -325,7 +327,7 @@ def _check(
     fov: tuple[float, float, float] | None,
     coils: int,
     snr: float | None,
-    supersampling: int,
+    supersampling: tuple[int, int, int],
     slices: int,
     readout_oversampling: float,
     inversion_efficiency: float,
@@ -339,8 +341,8 @@ def _check(
         raise ScanError(f"coils is {coils}; it must be in 1..128")
     if snr is not None and not snr > 0:
         raise ScanError(f"snr is {snr:g}; it must be positive, or none for a scan without noise")
-    if not 1 <= supersampling <= 8:
-        raise ScanError(f"supersampling is {supersampling}; it must be in 1..8")
+    if len(supersampling) != 3 or not all(1 <= factor <= 8 for factor in supersampling):
+        raise ScanError(f"supersampling is {supersampling}; each factor must be in 1..8")
     if slices < 1:
         raise ScanError(f"slices is {slices}; it must be at least 1")
     if not 1 <= readout_oversampling <= 4:

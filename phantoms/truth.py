@@ -55,9 +55,7 @@ def truth_maps(scene: Scene, sequence: str) -> dict[str, NDArray[np.float32]]:
 
 def _full_spheres(scene: Scene) -> NDArray[np.float32]:
     """Sphere numbers, 0 where a voxel is not of one sphere alone."""
-    q = scene.supersampling
-    nz, ny, nx = scene.matrix
-    blocks = scene.fine.labels.reshape(nz, q, ny, q, nx, q)
+    blocks = scene.blocks(scene.fine.labels)
     lowest, highest = blocks.min(axis=(1, 3, 5)), blocks.max(axis=(1, 3, 5))
     return np.where((lowest == highest) & (lowest > SPHERES), lowest.astype(np.int64) - SPHERES, 0).astype(
         np.float32
