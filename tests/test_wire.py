@@ -14,6 +14,8 @@ from quantitron.gadgets import wire as protocol
 from quantitron.gadgets.acquisition_block import AcquisitionBlock, blocks_of
 from quantitron.gadgets.wire import PeerGone, StreamBroken, Wire
 
+pytestmark = pytest.mark.timeout(60)
+
 
 @pytest.fixture
 def pair() -> Iterator[tuple[socket.socket, socket.socket]]:

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from stand_in import gather, pipeline, scan, write_raw
+
+from quantitron.pipelines import pipeline_names
+
+pytestmark = pytest.mark.timeout(240)
+
+RUN = [sys.executable, str(Path(__file__).with_name("run_command.py"))]
+
+
+def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*RUN, *map(str, arguments)], capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def test_help_names_the_commands_and_does_not_load_torch():
+    done = command("--help")
+    assert done.returncode == 0
+    for name in ("simulate", "replay", "serve", "listen", "compare", "pipelines", "doctor"):
+        assert name in done.stdout
+    code = f"import runpy, sys; sys.argv = ['q', '--version']; sys.path.insert(0, {str(Path(RUN[1]).parent)!r})\n"
+    code += f"try: runpy.run_path({RUN[1]!r}, run_name='__main__')\n"
+    code += "except SystemExit: pass\nprint('torch' in sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["replay"],
+        ["nothing"],
+        ["replay", "x.h5"],
+        ["serve", "--port", "x"],
+        ["simulate", "megre", "-o", "x.h5", "--matrix", "1,2"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(arguments):
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_pipelines_lists_settings_for_people_and_programs():
+    table = command("pipelines")
+    assert table.returncode == 0
+    assert "iterations = " in table.stdout
+    listed = json.loads(command("pipelines", "--json").stdout)
+    assert sorted(listed) == pipeline_names()
+    assert listed["subspace"]["vfa_gre"]["reconstruct"]["solver"] == "subspace"
+
+
+def test_doctor_finds_this_machine_fit():
+    done = command("doctor", "--json")
+    found = json.loads(done.stdout)
+    states = {finding["what"]: finding["state"] for finding in found["findings"]}
+    assert states["pipeline subspace"] == "ok"
+    assert states["torch"] == "ok"
+    assert found["ok"] == ("broken" not in states.values())
+    assert done.returncode == (0 if found["ok"] else 1)
+
+
+def test_doctor_fails_where_a_device_is_missing(monkeypatch):
+    monkeypatch.setenv("QUANTITRON_DEVICE", "cuda:99")
+    done = command("doctor")
+    assert done.returncode == 1
+    assert "cuda:99 is not a device of this machine" in done.stdout
+    assert "QUANTITRON_DEVICE" in done.stderr.splitlines()[-1]
+
+
+def test_replay_prints_results_for_people_and_programs(tmp_path):
+    raw = write_raw(tmp_path / "raw.h5", scan())
+    name = tmp_path / "pipeline.xml"
+    name.write_text(pipeline(gather()))
+    done = command("--stand-in", "replay", raw, "-p", name, "-o", tmp_path / "maps.h5")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path / 'maps.h5'}: 2 images (T1, T1)")
+    again = command("--stand-in", "replay", raw, "-p", name, "-o", tmp_path / "maps.h5")
+    assert again.returncode == 1
+    last = again.stderr.splitlines()[-1]
+    assert last == f"quantitron: {tmp_path / 'maps.h5'} exists already (--overwrite replaces it)"
+    done = command(
+        "--stand-in", "replay", raw, "-p", name, "-o", tmp_path / "maps.h5", "--overwrite", "--json"
+    )
+    result = json.loads(done.stdout)
+    assert result["images"] == 2
+    assert result["series"] == {"101": "T1", "102": "T1"}
+    assert any("megre" in note for note in result["notes"])
+
+
+def test_debug_shows_where_it_failed_and_nothing_else_does(tmp_path):
+    plain = command("replay", tmp_path / "no.h5", "-p", "subspace")
+    assert plain.returncode == 1
+    assert plain.stderr.splitlines()[-1] == f"quantitron: {tmp_path / 'no.h5'} does not exist"
+    assert "Traceback" not in plain.stderr
+    assert "Traceback" in command("--debug", "replay", tmp_path / "no.h5", "-p", "subspace").stderr
+
+
+def test_simulated_scan_through_the_pipeline_compares_with_its_truth(tmp_path):
+    raw, maps = tmp_path / "raw.h5", tmp_path / "maps.h5"
+    started = time.monotonic()
+    for arguments in (
+        ["simulate", "megre", "-o", raw, "--matrix", "32,32,4", "--coils", "2", "--snr", "60"],
+        ["replay", raw, "-p", "subspace", "-o", maps],
+        ["compare", maps, raw, "--json", tmp_path / "numbers.json"],
+    ):
+        done = command(*arguments)
+        assert done.returncode == 0, done.stderr
+    assert "T2STAR" in done.stdout
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers["maps"]["T2STAR"]["nrmse"] < 0.5
+    assert time.monotonic() - started < 200
