@@ -42,7 +42,8 @@ class AcquisitionBlock:
 
     def has_flag(self, bit: int) -> NDArray[np.bool_]:
         """(n,) whether the ISMRMRD flag ``bit`` (1-based, ``ismrmrd.ACQ_...``) is set."""
-        return (self.head["flags"] & np.uint64(1 << (bit - 1))) != 0
+        chosen: NDArray[np.bool_] = (self.head["flags"] & np.uint64(1 << (bit - 1))) != 0
+        return chosen
 
     def where(self, chosen: NDArray[np.bool_]) -> AcquisitionBlock:
         """The acquisitions for which ``chosen`` (n,) holds."""

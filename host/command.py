@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -134,7 +134,7 @@ def simulate(
     """Simulate a scan: a raw file with its ground truth."""
     import math
 
-    grid = _numbers(matrix, int, 3, "--matrix")
+    grid = cast("tuple[int, int, int]", _numbers(matrix, int, 3, "--matrix"))
     field_of_view = _numbers(fov, float, 3, "--fov")
     echo_times = _numbers(te, float, None, "--te")
     angles = _numbers(flip, float, None, "--flip")

@@ -27,7 +27,8 @@ def test_help_names_the_commands_and_does_not_load_torch():
     assert done.returncode == 0
     for name in ("simulate", "replay", "serve", "listen", "compare", "pipelines", "doctor"):
         assert name in done.stdout
-    code = f"import runpy, sys; sys.argv = ['q', '--version']; sys.path.insert(0, {str(Path(RUN[1]).parent)!r})\n"
+    folder = str(Path(RUN[1]).parent)
+    code = f"import runpy, sys; sys.argv = ['q', '--version']; sys.path.insert(0, {folder!r})\n"
     code += f"try: runpy.run_path({RUN[1]!r}, run_name='__main__')\n"
     code += "except SystemExit: pass\nprint('torch' in sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -267,7 +267,7 @@ def test_bad_data_is_one_sentence_that_says_where(tmp_path, how, words):
     ("old", "new", "words"),
     [
         ("<TE>4</TE><TE>9</TE>", "", "echo time"),
-        ("<TE>9</TE>", "", "megre needs two or more"),
+        ("<TE>9</TE>", "", "1 values of TE"),
         ("<encoding>", "<encoding", "not an ISMRMRD header"),
         ("<x>32</x>", "<x>0</x>", "matrix size"),
     ],
