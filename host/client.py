@@ -31,8 +31,8 @@ logger = logging.getLogger("quantitron")
 CONNECT_TIMEOUT = 30.0
 """Seconds to wait for the connection to be accepted."""
 
-_GADGETRON_ERROR = re.compile(r"^\[.*?\] ERROR: (.*)", re.DOTALL)
-"""Gadgetron reports errors to its clients as TEXT."""
+_GADGETRON_ERROR = re.compile(r"^(?:\[.*?\] )?ERROR: (?:Errors received:)?(.*)", re.DOTALL)
+"""Gadgetron reports errors to its clients as TEXT, and ``quantitron serve`` as TEXT too."""
 
 
 def parse_address(address: str, default_port: int = 9002) -> tuple[str, int]:

@@ -226,6 +226,13 @@ def serve(
     default_pipeline: Annotated[
         str | None, typer.Option(help="Pipeline that the config name 'openrecon' stands for.")
     ] = None,
+    text_errors: Annotated[
+        bool,
+        typer.Option(
+            "--text-errors",
+            help="Report failures as TEXT only: Gadgetron's own client aborts at ERROR and loses its images.",
+        ),
+    ] = False,
 ) -> None:
     """Serve scans over Gadgetron's protocol, each connection in its own process."""
     from quantitron.host.configuration import known_pipeline
@@ -233,7 +240,9 @@ def serve(
     from quantitron.host.server import Server
 
     pipeline = known_pipeline(default_pipeline) if default_pipeline is not None else None
-    accept_connections(host, port, Server(pipeline), lambda bound: _ready("serving", host, bound))
+    accept_connections(
+        host, port, Server(pipeline, text_errors), lambda bound: _ready("serving", host, bound)
+    )
 
 
 @app.command()

@@ -39,6 +39,9 @@ class Server:
 
     default_pipeline: str | None = None
     """Pipeline that the name ``openrecon`` stands for."""
+    errors_as_text: bool = False
+    """Report failures as TEXT only. Gadgetron's own client does not know ERROR: it aborts there, with a
+    non-zero exit status but without closing its output, so that images which came before are lost."""
 
     def __call__(self, connection: socket.socket) -> int:
         """Serve a connection to its end; returns the exit status of its process."""
@@ -46,7 +49,7 @@ class Server:
         texts = TextHandler(wire)
         logger.addHandler(texts)
         try:
-            failure = deliver(wire, lambda: self._open(wire), lambda sentence: report_failure(wire, sentence))
+            failure = deliver(wire, lambda: self._open(wire), lambda sentence: self._report(wire, sentence))
             wire.send_close()
         except NoiseQuery:
             logger.info("the client asked for a noise scan kept from before; there is none")
@@ -57,13 +60,19 @@ class Server:
             logger.error("%s", error)
             return 1
         except Stopped:
-            report_stop(wire, lambda sentence: report_failure(wire, sentence))
+            report_stop(wire, lambda sentence: self._report(wire, sentence))
             raise
         finally:
             logger.removeHandler(texts)
         if failure is None:
             logger.info("scan of %d acquisitions is done", wire.acquisitions)
         return 0 if failure is None else 1
+
+    def _report(self, wire: Wire, sentence: str) -> None:
+        """Tell the client in both ways that clients know: Gadgetron's own prints TEXT and no ERROR."""
+        wire.send_text(TEXT, f"ERROR: {sentence}\n")
+        if not self.errors_as_text:
+            wire.send_text(ERROR, sentence)
 
     def _open(self, wire: Wire) -> Chain:
         """Read config and header and make the chain."""
@@ -111,16 +120,8 @@ def _next(wire: Wire) -> tuple[int, str]:
             return message.identifier, message.payload if isinstance(message.payload, str) else ""
 
 
-def report_failure(wire: Wire, sentence: str) -> None:
-    """Tell the client in both ways that clients know: Gadgetron's own prints TEXT and has no word for
-    ERROR."""
-    wire.send_text(TEXT, f"ERROR: {sentence}\n")
-    wire.send_text(ERROR, sentence)
-
-
 class TextHandler(logging.Handler):
-    """Sends warnings (what was assumed about the scan) to the client as TEXT. Failures have their own
-    message."""
+    """Sends warnings (what was assumed about the scan) to the client as TEXT."""
 
     def __init__(self, wire: Wire) -> None:
         super().__init__(logging.WARNING)
@@ -128,7 +129,7 @@ class TextHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send one record; a client that is gone gets no more."""
-        if self._wire is None or record.levelno >= logging.ERROR:
+        if self._wire is None or record.levelno >= logging.ERROR:  # failures have a message of their own
             return
         try:
             self._wire.send_text(TEXT, f"{record.getMessage()}\n")

@@ -384,6 +384,17 @@ def test_client_raises_what_the_server_reports_after_the_images(server):
         next(images)
 
 
+def test_client_knows_a_failure_that_comes_as_text_only():
+    host = Host("serve", "--text-errors")
+    with host.connect() as connection:
+        config = (protocol.CONFIG, pipeline(gather(fail="known")))
+        messages = conversation(connection, config, (protocol.HEADER, HEADER), data(9), CLOSE)
+    assert kinds(messages) == [protocol.IMAGE, protocol.IMAGE, protocol.CLOSE]
+    with pytest.raises(ScanError, match="reports: the gather gadget was told to fail"):
+        list(send_scan(host.address, pipeline(gather(fail="known")), HEADER.encode(), [scan(50)]))
+    assert host.stop()[0] == 0
+
+
 def test_client_says_that_nobody_listens():
     with socket.create_server(("127.0.0.1", 0)) as unused:
         address = unused.getsockname()
