@@ -1,5 +1,4 @@
-"""The chain of gadgets that a ``<configuration>`` lists, and the target ``run`` of Gadgetron's
-``<execute>``."""
+"""The chain of gadgets that a ``<configuration>`` lists, and ``run``, the target of ``<execute>``."""
 
 from __future__ import annotations
 
@@ -205,8 +204,7 @@ def _properties(node: Element, where: str) -> dict[str, object]:
 
 
 def _check_order(classes: list[type[Gadget]], known: list[type[Gadget]], where: str) -> None:
-    """Each gadget must take what the one before gives, in the order of ``GADGETS``; the last must give
-    images."""
+    """Each gadget must take what the one before gives, in the order of ``GADGETS``, images at the end."""
     if not classes:
         raise ScanError(f"{where}: <configuration> lists no gadget")
     for before, after in pairwise(classes):

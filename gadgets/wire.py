@@ -75,8 +75,7 @@ class PeerGone(Exception):
 
 
 class StreamBroken(ScanError):
-    """The stream cannot be followed any further: unknown message id, a size out of bounds, or an early
-    end."""
+    """The stream cannot be followed any further: unknown message, impossible size, or an early end."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,7 @@ class Message:
 
     identifier: int
     payload: Any
-    """Text for CONFIG, FILENAME, HEADER, TEXT, ERROR; an ``ismrmrd.Image`` for IMAGE; None for CLOSE,
-    WAVEFORM."""
+    """An ``ismrmrd.Image`` for IMAGE, None for CLOSE and WAVEFORM, else the text."""
 
 
 class Wire:
@@ -171,8 +169,7 @@ class Wire:
         yield from builder.finish()
 
     def drain(self) -> None:
-        """Read all input to its end: CLOSE, or the end of the connection, or silence after a broken
-        stream."""
+        """Read all input to its end: CLOSE, the end of the connection, or silence after a broken stream."""
         while not (self.closed or self._broken or self._peer_gone):
             try:
                 if not self._fill(_ID.size):

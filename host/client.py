@@ -1,5 +1,4 @@
-"""The client's side of the protocol: sends a scan to Gadgetron or to ``quantitron serve``, yields what
-comes back."""
+"""The client's side of the protocol: sends a scan to a server and yields what comes back."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The ``quantitron`` command. Results go to stdout, progress and log to stderr; exit codes 0 done, 1
-failed, 2 usage.
+"""The ``quantitron`` command.
+
+Results go to stdout, progress and log to stderr; exit codes are 0 done, 1 failed, 2 wrong usage.
 
 Whatever is heavy is imported by the command that needs it, so that help comes at once.
 """

@@ -1,5 +1,4 @@
-"""Pipelines as Gadgetron writes them: found by name or path, read as the embedded host reads them, and
-overridden."""
+"""Pipelines as Gadgetron writes them: found by name or path, read for the embedded host, overridden."""
 
 from __future__ import annotations
 

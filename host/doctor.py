@@ -105,8 +105,7 @@ def _pipelines() -> list[Finding]:
 
 
 def _gadgetron_python() -> Finding:
-    """Gadgetron starts the first ``python``, then ``python3``, on its PATH; an import that fails there is
-    silent."""
+    """Gadgetron starts the first ``python`` or ``python3`` on its PATH; an import that fails is silent."""
     what = "python for Gadgetron"
     interpreter = shutil.which("python") or shutil.which("python3")
     if interpreter is None:

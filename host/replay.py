@@ -1,5 +1,4 @@
-"""``quantitron replay``: a raw file through a pipeline, on this machine or on a Gadgetron, into a map
-file."""
+"""``quantitron replay``: a raw file through a pipeline, here or on a Gadgetron, into a map file."""
 
 from __future__ import annotations
 

@@ -24,9 +24,9 @@ ALIAS = "openrecon"
 
 
 NOISE_QUERY = "NoiseSummaryGadget"
-"""What Gadgetron's client asks for on a connection of its own before a scan that depends on a noise scan.
-It takes an
-empty answer as "there is none", and aborts the scan if told anything it does not know."""
+"""What Gadgetron's client asks for before a scan that depends on a noise scan, on a connection of its own.
+
+It takes an empty answer as "there is none", and aborts the scan if told anything it does not know."""
 
 
 class NoiseQuery(BaseException):
