@@ -2,8 +2,8 @@
 
     python benchmarks/invivo.py delics_vol00.npz phantom.npz
 
-The source holds ``t1_ms``, ``t2_ms``, ``pd_abs``, ``pd_phase`` and ``head``, each (z, y, x); cite PMC11914339.
-T2* is not measured there: R2* = R2 + R2' with a plausible R2' for each tissue.
+The source holds ``t1_ms``, ``t2_ms``, ``pd_abs``, ``pd_phase`` and ``head``, each (z, y, x); cite
+PMC11914339. T2* is not measured there: R2* = R2 + R2' with a plausible R2' for each tissue.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ T1_LIMITS = (1.10, 2.00)
 """T1 [s] between white and grey matter, and between grey matter and CSF."""
 FIELD_RELAXATION = {WHITE_MATTER: 3.5, GREY_MATTER: 2.7, CSF: 1.0, 0: 5.0}
 """R2' [1/s] of the tissues; 0 is everything outside the brain (scalp, marrow)."""
-SHORTEST_T2, LONGEST_T2, SHORTEST_T1 = 5e-3, 3.0, 0.05
+SHORTEST_T2, LONGEST_T2, SHORTEST_T1 = 5e-3, 0.5, 0.05
+"""[s]. A fingerprint of a few seconds does not measure longer T2: fluid has 0.5 to 4 s there at random."""
+MIRRORED_SLICES = 2
+"""Slices mirrored at each end of the slab: the tissue of a real slab does not end in air."""
 
 
 def ball(radius: float, height: int) -> NDArray[np.bool_]:
@@ -93,13 +96,17 @@ def phantom(source: Path) -> dict[str, NDArray[np.generic]]:
     def tissue_only(values: NDArray[np.floating]) -> NDArray[np.float32]:
         return np.where(head, values, 0).astype(np.float32)
 
-    return {
+    maps = {
         "t1": tissue_only(t1),
         "t2": tissue_only(t2),
         "t2star": tissue_only(t2star),
         "pd": pd,
         "labels": labels,
         "mask": brain,
+    }
+    ends = ((MIRRORED_SLICES, MIRRORED_SLICES), (0, 0), (0, 0))
+    return {
+        **{name: np.pad(values, ends, mode="reflect") for name, values in maps.items()},
         "voxel_size": np.array([VOXEL, VOXEL, VOXEL]),
     }
 

@@ -20,7 +20,7 @@ TICK = 2.5e-3
 
 @dataclass(frozen=True)
 class Pass:
-    """Lines that are acquired together: one flip angle, one preparation time, or the calibration of one slice."""
+    """Lines acquired together: one flip angle, one preparation time, or the calibration of one slice."""
 
     slice: int
     contrast: NDArray[np.int64]
@@ -49,8 +49,8 @@ def order_passes(samplings: list[Sampling], protocol: Protocol, calibration_fram
     """Put the lines of all slices in the order in which a scanner would play them.
 
     Slice after slice; separate calibration lines first, then flip angle after flip angle (``vfa_gre``) or
-    preparation after preparation (``t2ir_gre``), where every shot is a train of N excitations with all echoes.
-    Line j of a frame belongs to shot j.
+    preparation after preparation (``t2ir_gre``), where every shot is a train of N excitations with all
+    echoes. Line j of a frame belongs to shot j.
 
     Args:
         samplings: points of each slice.

@@ -1,7 +1,7 @@
 """What is scanned: tissue parameters on a grid of their own, and their look-up on the grid of a simulation.
 
-Arrays run (z, y, x) towards head, back and left of the patient (ISMRMRD's patient axes), so that an axial scan
-has the identity as its read, phase and slice directions.
+Arrays run (z, y, x) towards head, back and left of the patient (ISMRMRD's patient axes), so that an axial
+scan has the identity as its read, phase and slice directions.
 """
 
 from __future__ import annotations

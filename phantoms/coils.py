@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from quantitron.phantoms.field import Places
 
-RADIUS = 0.62
+RADIUS = 0.55
 """Radius of the cylinder over the larger in-plane field of view."""
 
 
@@ -32,9 +32,9 @@ def loop_positions(coils: int) -> NDArray[np.float64]:
 def coil_sensitivities(places: Places, coils: int, field_of_view: float) -> NDArray[np.complex64]:
     """Complex sensitivities with unit root-sum-of-squares at every place.
 
-    Each loop is taken as the magnetic dipole along its axis, softened by the loop's own radius so that the field
-    is finite everywhere; what it receives is the transverse field Bx - j By (reciprocity, Hoult 1976). Rows are
-    staggered along z, so that coils encode in all three directions.
+    Each loop is taken as the magnetic dipole along its axis, softened by the loop's own radius so that the
+    field is finite everywhere; what it receives is the transverse field Bx - j By (reciprocity, Hoult
+    1976). Rows are staggered along z, so that coils encode in all three directions.
 
     Args:
         places: z, y, x [m] from the isocentre, arrays of one shape (...) or that broadcast to it.
@@ -49,9 +49,11 @@ def coil_sensitivities(places: Places, coils: int, field_of_view: float) -> NDAr
     if coils == 1:
         return np.ones((1, *shape), dtype=np.complex64)
     radius = RADIUS * field_of_view
-    loop = radius * min(0.6, 1.1 * math.pi / max(2, coils // 2))
+    positions = loop_positions(coils)
+    in_row = np.count_nonzero(positions[:, 1] == positions[0, 1])
+    loop = radius * min(0.45, 1.1 * math.pi / in_row)  # neighbours in a row overlap a little
     maps = np.empty((coils, *shape), dtype=np.complex64)
-    for coil, (angle, height) in enumerate(loop_positions(coils)):
+    for coil, (angle, height) in enumerate(positions):
         axis = np.array([-math.cos(angle), -math.sin(angle)], dtype=np.float32)  # towards the object (x, y)
         dx = (x + radius * axis[0]) / np.float32(loop)
         dy = (y + radius * axis[1]) / np.float32(loop)
@@ -70,8 +72,9 @@ def noise_covariance(
 ) -> NDArray[np.complex128]:
     """Covariance E[n n^H] of complex noise whose average channel has variance 1.
 
-    Neighbouring loops see the same tissue: their noise correlates with ``correlation`` at zero distance, falling
-    as a Gaussian of the distance between loops, with random phases. Variances differ between channels.
+    Neighbouring loops see the same tissue: their noise correlates with ``correlation`` at zero distance,
+    falling as a Gaussian of the distance between loops, with random phases. Variances differ between
+    channels.
 
     Args:
         coils: number of channels.

@@ -3,8 +3,8 @@
     s(k) = sum_r I(r) exp(-2 pi i k.r)
 
 is summed over the fine voxels at their own places, for the k of the scan only. So truncation (Gibbs ringing),
-partial volume and dephasing within a voxel are those of a real scan. Scaled so that a unitary inverse transform on
-the scan grid returns the mean of the fine voxels of each scan voxel (blurred by the truncation).
+partial volume and dephasing within a voxel are those of a real scan. Scaled so that a unitary inverse
+transform on the scan grid returns the mean of the fine voxels of each scan voxel (blurred by the truncation).
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def contrast_parts(
 ) -> tuple[Tensor, Tensor]:
     """Factor the contrasts of the object: contrast(v, w) = sum_l parts[l, v] basis[w, l].
 
-    The basis is that of the object itself, cut where what remains is below ``tolerance`` of the signal in the root
-    mean square: a saving in time that single precision does not see.
+    The basis is that of the object itself, cut where what remains is below ``tolerance`` of the signal in
+    the root mean square: a saving in time that single precision does not see.
 
     Returns:
         basis (w, l) float32 with orthonormal columns and parts (l, v) float32.

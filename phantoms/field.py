@@ -6,67 +6,70 @@ All are smooth functions of place, so that they do not depend on the grid on whi
 from __future__ import annotations
 
 import numpy as np
+import scipy.fft
 from numpy.typing import NDArray
 
-Places = tuple[NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]]
+FloatArray = NDArray[np.floating]
+Places = tuple[FloatArray, FloatArray, FloatArray]
 """z, y, x [m] from the isocentre, arrays that broadcast to one shape."""
 
 FIELD_UNIT = 0.1
 """Length [m] in which the smooth polynomials are written: about the radius of a head."""
+CAVITIES = ((-0.03, -0.10, 0.0, 2.0), (-0.05, 0.02, 0.085, 1.4), (-0.05, 0.02, -0.085, 1.4))
+"""Air beside the brain: place z, y, x [m] and strength of frontal sinus and ear canals."""
 GYROMAGNETIC_RATIO = 42.577478518
 """gamma / 2 pi of hydrogen [MHz / T]."""
 
 
-def _low_order(places: Places, rng: np.random.Generator) -> NDArray[np.floating]:
-    """A random field that obeys Laplace's equation (solid harmonics of first and second order)."""
+def _low_order(places: Places, a: FloatArray) -> FloatArray:
+    """A field that obeys Laplace's equation: solid harmonics of order 1 and 2, weights ``a`` (8,)."""
     z, y, x = (place / FIELD_UNIT for place in places)
-    a = rng.standard_normal(8)
     first = a[0] * x + a[1] * y + a[2] * z
     second = a[3] * x * y + a[4] * y * z + a[5] * x * z + a[6] * (x * x - y * y) / 2
     return first + second + a[7] * (2 * z * z - x * x - y * y) / 4
 
 
-def off_resonance(places: Places, amplitude: float, rng: np.random.Generator) -> NDArray[np.floating]:
+def off_resonance(places: Places, amplitude: float, rng: np.random.Generator) -> FloatArray:
     """B0 map: what shimming leaves (low-order harmonics) and the dipole fields of three air cavities.
 
-    The cavities lie outside the brain where the frontal sinus and the ear canals are; they make the steep, one-sided
-    field that a brain really has there.
+    The cavities lie outside the brain where the frontal sinus and the ear canals are; they make the steep,
+    one-sided field that a brain really has there.
 
     Args:
         places: where, z, y, x [m]; +y is the back of the head.
-        amplitude: largest absolute value within a head-sized ellipsoid, about [Hz].
+        amplitude: largest absolute value within the middle 8 cm of a head [Hz]; both signs reach it.
         rng: source of the random shape.
 
     Returns:
         [Hz], broadcast shape of ``places``.
     """
-    z, y, x = places
-    background = _low_order(places, rng)
+    harmonics = rng.standard_normal(8)
+    strength = rng.uniform(0.7, 1.3, len(CAVITIES))
 
-    def cavity(cz: float, cy: float, cx: float) -> NDArray[np.floating]:
-        dz, dy, dx = z - cz, y - cy, x - cx
-        square = dz * dz + dy * dy + dx * dx + 0.02**2  # softened within 2 cm of the centre
-        return 0.05**3 * (2 * dz * dz - dx * dx - dy * dy) / square**2.5
+    def field(z: FloatArray, y: FloatArray, x: FloatArray) -> FloatArray:
+        total = 0.4 * _low_order((z, y, x), harmonics)
+        for (cz, cy, cx, size), factor in zip(CAVITIES, strength, strict=True):
+            dz, dy, dx = z - cz, y - cy, x - cx
+            square = dz * dz + dy * dy + dx * dx + 0.03**2  # softened within 3 cm of the centre
+            total = total + size * factor * 0.07**3 * (2 * dz * dz - dx * dx - dy * dy) / square**2.5
+        return total
 
-    strength = rng.uniform(0.7, 1.3, 3)
-    sinus = strength[0] * cavity(-0.045, -0.085, 0.0)
-    ears = strength[1] * cavity(-0.05, 0.01, 0.085) + strength[2] * cavity(-0.05, 0.01, -0.085)
-    field = 0.35 * background + 1.6 * (sinus + 0.7 * ears)
-    head = (z / 0.08) ** 2 + (y / 0.095) ** 2 + (x / 0.075) ** 2 <= 1
-    if not head.any():
-        head = np.ones(head.shape, dtype=bool)
-    middle = np.median(field[head])
-    largest = np.abs(field[head] - middle).max()
-    return (field - middle) * (amplitude / largest if largest > 0 else 0.0)
+    # The scale comes from a head of fixed size, so that it is the same for every slab and grid.
+    axis = np.linspace(-0.095, 0.095, 20)
+    z, y, x = np.meshgrid(axis, axis, axis, indexing="ij")
+    head = ((z / 0.04) ** 2 + (y / 0.095) ** 2 + (x / 0.075) ** 2) <= 1
+    reference = field(z[head], y[head], x[head])
+    middle = (reference.max() + reference.min()) / 2
+    return (field(*places) - middle) * (amplitude / np.abs(reference - middle).max())
 
 
-def receive_phase(places: Places, amplitude: float, rng: np.random.Generator) -> NDArray[np.floating]:
-    """Phase of the object at TE = 0 [rad]: smooth, about +-``amplitude`` over a head, with a random constant."""
-    field = _low_order(places, rng)
+def receive_phase(places: Places, amplitude: float, rng: np.random.Generator) -> FloatArray:
+    """Phase of the object at TE = 0 [rad]: a random constant and a smooth part of about +-``amplitude``."""
+    field = _low_order(places, rng.standard_normal(8))
     return rng.uniform(-np.pi, np.pi) + amplitude * np.tanh(field / 3)
 
 
-def transmit_field(places: Places, amplitude: float, rng: np.random.Generator) -> NDArray[np.floating]:
+def transmit_field(places: Places, amplitude: float, rng: np.random.Generator) -> FloatArray:
     """B1 map, actual over nominal flip angle: high in the centre, low at the rim, slightly tilted.
 
     Args:
@@ -86,7 +89,8 @@ def dipole_field(
 ) -> NDArray[np.float32]:
     """Off-resonance of a susceptibility map in a field along z: gamma/2pi B0 (dipole * chi).
 
-    ``D(k) = 1/3 - kz^2 / k^2``, with zero filling against wrap-around (Salomir 2003; Marques and Bowtell 2005).
+    ``D(k) = 1/3 - kz^2 / k^2``, with zero filling against wrap-around (Salomir 2003; Marques and Bowtell
+    2005).
 
     Args:
         chi: (z, y, x) [ppm] relative to the surroundings.
@@ -103,6 +107,7 @@ def dipole_field(
     square[0, 0, 0] = 1
     kernel = 1 / 3 - kz[:, None, None] ** 2 / square
     kernel[0, 0, 0] = 0
-    field = np.fft.irfftn(np.fft.rfftn(chi, padded, axes=(0, 1, 2)) * kernel, padded, axes=(0, 1, 2))
+    spectrum = scipy.fft.rfftn(chi.astype(np.float32), padded)
+    field = scipy.fft.irfftn(spectrum * kernel.astype(np.float32), padded)
     nz, ny, nx = chi.shape
     return (GYROMAGNETIC_RATIO * field_strength * field[:nz, :ny, :nx]).astype(np.float32)

@@ -15,14 +15,15 @@ POSITIVE = ("t1", "t2", "t2star", "b1")
 
 
 def read_anatomy(path: Path) -> Anatomy:
-    """Read ``t1, t2, t2star`` [s], ``pd``, ``chi`` [ppm], ``b0`` [Hz], ``b1``, ``labels``, ``mask``, ``voxel_size`` [m].
+    """Read t1, t2, t2star [s], pd, chi [ppm], b0 [Hz], b1, labels, mask and voxel_size [m].
 
-    Only ``pd`` and ``voxel_size`` are always needed. Without ``mask`` the labelled voxels are the mask, without
-    ``labels`` everything with signal is. Where ``pd`` is zero the other maps are not looked at.
+    Only ``pd`` and ``voxel_size`` are always needed. Without ``mask`` the labelled voxels are the mask,
+    without ``labels`` everything with signal is. Where ``pd`` is zero the other maps are not looked at.
 
     Raises:
         ScanError: if the file is missing or not an npz archive, a map is missing, not a number or of another
-            shape, a time is not positive where there is signal, or the voxel size is not three positive numbers.
+            shape, a time is not positive where there is signal, or the voxel size is not three positive
+            numbers.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:

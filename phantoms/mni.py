@@ -1,4 +1,4 @@
-"""The MNI152 brain: nilearn's tissue templates (1 mm, part of the nilearn package) with relaxation times at 3 T."""
+"""The MNI152 brain: tissue templates from inside the nilearn package, with relaxation times at 3 T."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ VARIATION = {"t1": 0.05, "t2": 0.05, "t2star": 0.07, "pd": 0.04}
 def mni_brain() -> Anatomy:
     """The MNI152 brain at 1 mm, (189, 233, 197) voxels, without skull and scalp.
 
-    Each voxel holds its most probable tissue (CSF is the brain less grey and white matter); partial volume comes
-    from simulating on a grid finer than the scan's. Parameters vary smoothly by a few per cent within a tissue.
+    Each voxel holds its most probable tissue (CSF is the brain less grey and white matter); partial volume
+    comes from simulating on a grid finer than the scan's. Parameters vary smoothly by a few per cent within
+    a tissue.
 
     Source: Fonov et al., NeuroImage 54:313 (2011), as shipped with nilearn (BSD-3).
     """

@@ -1,4 +1,4 @@
-"""The ISMRM/NIST system phantom: three plates of 14 spheres in water, with reference values at 3 T (version 1)."""
+"""The ISMRM/NIST system phantom: three plates of 14 spheres in water; reference values at 3 T, version 1."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ PHANTOM_RADIUS = 0.095
 
 
 def sphere_number(plate: str, sphere: int) -> int:
-    """Number of a sphere in the whole phantom: 1-14 on the T1 plate, 15-28 on the T2, 29-42 on the PD plate."""
+    """Number of a sphere: 1-14 on the T1 plate, 15-28 on the T2 plate, 29-42 on the PD plate."""
     return 14 * PLATES.index(plate) + sphere
 
 

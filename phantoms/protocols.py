@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -81,7 +82,7 @@ def make_protocol(
         field_strength=field_strength if field_strength is not None else default.field_strength,
     )
     times = protocol.echo_time
-    if not times or times[0] <= 0 or any(b <= a for a, b in zip(times, times[1:], strict=False)):
+    if not times or times[0] <= 0 or any(b <= a for a, b in itertools.pairwise(times)):
         raise ScanError("echo times must be positive and ascending")
     if times[-1] >= protocol.repetition_time[0]:
         raise ScanError(

@@ -1,4 +1,4 @@
-"""Which ky-kz points each frame samples: random with density falling from the centre, different in every frame."""
+"""Which ky-kz points each frame samples: random, densest at the centre, different in every frame."""
 
 from __future__ import annotations
 
@@ -70,17 +70,18 @@ def random_sampling(
 ) -> Sampling:
     """Draw points without replacement for every frame, so that the whole scan has the given acceleration.
 
-    The number of lines is ``frames * points / acceleration``, rounded; calibration lines come out of that budget
-    and the rest is shared evenly by the frames. ``acceleration=1`` samples every point of every frame, whatever
-    the calibration. The draw is exact weighted sampling (the largest keys log(density) + Gumbel noise).
+    The number of lines is ``frames * points / acceleration``, rounded; calibration lines come out of that
+    budget and the rest is shared evenly by the frames. ``acceleration=1`` samples every point of every
+    frame, whatever the calibration. The draw is exact weighted sampling (the largest keys log(density) +
+    Gumbel noise).
 
     Args:
         grid: points (z, y); z = 1 for 2D.
         frames: number of frames T.
         acceleration: R, at least 1.
         seed: equal seeds give equal points.
-        calibration: ``embedded`` (the box is acquired in ``calibration_frame``, as calibration-and-imaging lines),
-            ``separate`` (as calibration-only lines, of no frame) or ``none``.
+        calibration: ``embedded`` (the box is acquired in ``calibration_frame``, as calibration-and-imaging
+            lines), ``separate`` (as calibration-only lines, of no frame) or ``none``.
         calibration_frame: the frame that the embedded lines belong to.
         calibration_size: lines (z, y) of the box.
         power: of the density, see ``sampling_density``.
@@ -88,7 +89,8 @@ def random_sampling(
         elliptical: leave out the corners of the grid.
 
     Raises:
-        ScanError: if the acceleration is below 1, not reachable inside the ellipse, or leaves a frame without lines.
+        ScanError: if the acceleration is below 1, not reachable inside the ellipse, or leaves a frame
+            without lines.
     """
     if calibration not in CALIBRATION_MODES:
         raise ScanError(f"calibration is '{calibration}'; it must be one of {', '.join(CALIBRATION_MODES)}")
@@ -110,8 +112,8 @@ def random_sampling(
     remaining = budget - boxed if acceleration > 1 else budget - embedded
     if remaining < frames:
         raise ScanError(
-            f"acceleration {acceleration:g} allows {budget} lines for {frames} frames and {boxed} calibration lines; "
-            "every frame needs one at least"
+            f"acceleration {acceleration:g} allows {budget} lines for {frames} frames and {boxed} "
+            "calibration lines; every frame needs one at least"
         )
     if remaining > room.sum():
         raise ScanError(

@@ -10,6 +10,7 @@ so that fine voxels q I .. q I + q - 1 fill scan voxel I, whose centre is at (I 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ class FieldSettings:
 
 @dataclass(frozen=True)
 class Scene:
-    """One slab of the object. Only voxels with signal are kept: (v,) of them, v ascending through (z, y, x)."""
+    """One slab of the object. Only the voxels with signal are kept, (v,), ascending through (z, y, x)."""
 
     matrix: tuple[int, int, int]
     """Scan matrix (z, y, x), without readout oversampling."""
@@ -63,18 +64,18 @@ class Scene:
         """Voxels of the fine grid (z, y, x)."""
         return self.fine.shape
 
-    def embed(self, values: NDArray[np.generic] | Tensor) -> NDArray[np.generic]:
+    def embed(self, values: NDArray[Any] | Tensor) -> NDArray[Any]:
         """Values (v,) on the fine grid (z, y, x), zero elsewhere."""
         values = values.numpy() if isinstance(values, Tensor) else values
         grid = np.zeros(int(np.prod(self.fine_matrix)), dtype=values.dtype)
         grid[self.index] = values
         return grid.reshape(self.fine_matrix)
 
-    def block_mean(self, values: NDArray[np.generic]) -> NDArray[np.generic]:
+    def block_mean(self, values: NDArray[Any]) -> NDArray[Any]:
         """Mean over the fine voxels of each scan voxel: fine (z, y, x) to scan (z, y, x)."""
         return self.blocks(values).mean(axis=(1, 3, 5))
 
-    def blocks(self, values: NDArray[np.generic]) -> NDArray[np.generic]:
+    def blocks(self, values: NDArray[Any]) -> NDArray[Any]:
         """Fine (z, y, x) as (z, qz, y, qy, x, qx): the fine voxels of each scan voxel."""
         (nz, ny, nx), (qz, qy, qx) = self.matrix, self.supersampling
         return values.reshape(nz, qz, ny, qy, nx, qx)
@@ -99,7 +100,7 @@ def voxel_batches(voxels: int) -> list[slice]:
 
 def required_maps(sequence: str) -> tuple[str, ...]:
     """Tissue maps that an anatomy must have for a sequence."""
-    return tuple(name for name in CONTRAST_PARAMETERS[sequence] if name != "inversion") + ("t2star",)
+    return (*(name for name in CONTRAST_PARAMETERS[sequence] if name != "inversion"), "t2star")
 
 
 def make_scene(
@@ -117,9 +118,10 @@ def make_scene(
 ) -> Scene:
     """Put an anatomy under the scanner.
 
-    B0 is the anatomy's own; else, where it has a susceptibility, the dipole field of that; plus, where it has no
-    B0 of its own, a smooth field that is left after shimming. PD gets a smooth receive phase unless it is
-    complex. For ``megre`` the T1 weighting of the steady state is part of PD (where the anatomy has T1).
+    B0 is the anatomy's own; else, where it has a susceptibility, the dipole field of that; plus, where it
+    has no B0 of its own, a smooth field that is left after shimming. PD gets a smooth receive phase unless
+    it is complex. For ``megre`` the T1 weighting of the steady state is part of PD (where the anatomy has
+    T1).
 
     Args:
         anatomy: the object.
@@ -164,7 +166,7 @@ def make_scene(
     places = (axes[0][iz], axes[1][iy], axes[2][ix])
     random = [np.random.default_rng(child) for child in np.random.SeedSequence([seed, 1]).spawn(3)]
 
-    def inside(values: NDArray[np.generic]) -> NDArray[np.generic]:
+    def inside(values: NDArray[Any]) -> NDArray[Any]:
         return values.reshape(-1)[index]
 
     pd = inside(fine.pd).astype(np.complex64)
@@ -183,7 +185,7 @@ def make_scene(
     elif fields.b1:
         b1 = transmit_field(places, fields.b1, random[2])
 
-    def tensor(values: NDArray[np.generic]) -> Tensor:
+    def tensor(values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
     parameters = {"t2star": tensor(inside(fine.t2star)), "b0": tensor(b0)}
@@ -212,10 +214,10 @@ def make_scene(
 
 
 def brightest_frame(scenes: list[Scene], protocol: Protocol) -> tuple[int, int, float]:
-    """The frame with the most signal: its contrast w, its echo e, and its mean over the mask on the scan grid.
+    """The frame with the most signal: contrast w, echo e, and mean signal over the mask on the scan grid.
 
-    The signal is |mean of the fine voxels' complex signal|: with coil maps of unit root-sum-of-squares that is
-    the coil-combined signal. The echo is the shortest one.
+    The signal is |mean of the fine voxels' complex signal|: with coil maps of unit root-sum-of-squares that
+    is the coil-combined signal. The echo is the shortest one.
 
     Args:
         scenes: all slabs of the scan.

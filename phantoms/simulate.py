@@ -122,11 +122,12 @@ def simulate(
         fov: field of view (x, y, z) [mm] of one slab; None takes one that suits the phantom.
         coils: receive channels.
         acceleration: R, points of all frames over points acquired, calibration included.
-        snr: mean over the brain of the coil-combined signal of the brightest frame over the standard deviation
-            of the complex noise of an average channel; None or infinite for no noise (and no noise scan).
+        snr: mean over the brain of the coil-combined signal of the brightest frame over the standard
+            deviation of the complex noise of an average channel; None or infinite for no noise (and no
+            noise scan).
         seed: equal seeds give equal files.
-        supersampling: fine voxels of the object along the edges of a scan voxel, one number or (x, y, z); 1 puts
-            the object on the scan's own grid.
+        supersampling: fine voxels of the object along the edges of a scan voxel, one number or (x, y, z); 1
+            puts the object on the scan's own grid.
         slices: slices (z = 1) or slabs, contiguous along z.
         excitations: N of ``t2ir_gre``.
         echo_times: TE [s].

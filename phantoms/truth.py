@@ -9,16 +9,20 @@ from quantitron.phantoms.anatomy import CSF, GREY_MATTER, SPHERES, WHITE_MATTER
 from quantitron.phantoms.scene import Scene, scan_mask
 from quantitron.recon.data import SEQUENCE_MAPS
 
+TIMES = ("t1", "t2", "t2star")
 TISSUES = {"wm": WHITE_MATTER, "gm": GREY_MATTER, "csf": CSF}
 
 
 def truth_maps(scene: Scene, sequence: str) -> dict[str, NDArray[np.float32]]:
     """Maps of the sequence, mask and tissues of one slab.
 
-    A scan voxel averages its fine voxels: ``t1``, ``t2``, ``t2star`` and ``b0`` are means weighted by |pd|,
-    ``pd`` and ``phase`` are modulus and angle of the mean complex pd. With supersampling 1 they are the
-    object's own maps. ``mask`` holds voxels of which at least half lies in the object's mask; ``wm``, ``gm``,
-    ``csf`` are the fractions of each tissue; ``spheres`` numbers the sphere that fills a voxel completely.
+    A scan voxel averages its fine voxels, weighted by |pd|: ``t1``, ``t2``, ``t2star`` are geometric means,
+    ``b0`` and ``inversion`` arithmetic ones; ``pd`` and ``phase`` are modulus and angle of the mean complex
+    pd. The geometric mean is the same for times and for rates, and nearest to what a perfect scan of a
+    mixture of tissue and fluid measures (an arithmetic mean of times is all fluid, one of rates all
+    tissue). With supersampling 1 all are the object's own maps. ``mask`` holds voxels of which at least
+    half lies in the object's mask; ``wm``, ``gm``, ``csf`` are the fractions of each tissue; ``spheres``
+    numbers the sphere that fills a voxel completely.
 
     Args:
         scene: the object.
@@ -39,7 +43,11 @@ def truth_maps(scene: Scene, sequence: str) -> dict[str, NDArray[np.float32]]:
         elif name == "phase":
             values = np.angle(complex_pd)
         else:
-            values = scene.block_mean(scene.embed(weight * scene.parameters[name].numpy())) / divisor
+            own = scene.parameters[name].numpy()
+            averaged = np.log(own) if name in TIMES else own
+            values = scene.block_mean(scene.embed(weight * averaged)) / divisor
+            if name in TIMES:
+                values = np.exp(values)
         maps[name] = np.where(air, np.nan, values).astype(np.float32)
     if scene.fine.chi is not None:
         maps["chi"] = scene.block_mean(scene.fine.chi.astype(np.float32))
