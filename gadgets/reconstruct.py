@@ -18,7 +18,7 @@ import torch
 from quantitron.gadgets import settings as gadget_settings
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget
-from quantitron.recon.data import SEQUENCE_MAPS, Encoding, Maps, Problem
+from quantitron.recon.data import Encoding, Maps, Problem
 from quantitron.recon.device import choose_device
 from quantitron.recon.solvers import SOLVERS, Solver, Subspace
 
@@ -75,19 +75,18 @@ class Reconstruct(Gadget):
         sequence = context.protocol.sequence
         if sequence not in self.method.sequences:
             raise ScanError(
-                f"solver '{self.solver}' does not reconstruct {sequence}; it does {', '.join(self.method.sequences)}"
+                f"solver '{self.solver}' does not reconstruct {sequence}; "
+                f"it does {', '.join(self.method.sequences)}"
             )
         for entry in fields(self.method):
-            rank = getattr(self.method, entry.name)
-            if entry.name.endswith("rank") and isinstance(rank, int) and rank > context.protocol.frames:
-                raise ScanError(
-                    f"reconstruct.{entry.name} {rank} is above the {context.protocol.frames} frames of the scan"
-                )
+            rank, frames = getattr(self.method, entry.name), context.protocol.frames
+            if entry.name.endswith("rank") and isinstance(rank, int) and rank > frames:
+                raise ScanError(f"reconstruct.{entry.name} {rank} is above the {frames} frames of the scan")
         context.needs_lines = context.needs_lines or self.method.needs_lines
         context.seed = self.seed
 
     def __call__(self, items: Iterable[Problem], context: Context) -> Iterator[Maps]:
-        """Reconstruct slice by slice; a slice that fails leaves no values and does not take the others along."""
+        """Reconstruct slice by slice; a slice that fails leaves no values and does not stop the others."""
         problems = list(items)
         device = choose_device(self.device)
         context.device = str(device)

@@ -4,21 +4,29 @@ Signals factorise into contrast times echo, and so does the second-moment matrix
 product grid: its eigenvectors are the products of the two factors' eigenvectors and its eigenvalues the
 products of theirs. The SVD of the huge full dictionary is therefore never formed.
 
-    Phi[(w,e), k] = sum_l Psi[w,l] mixing[e,l,k],     mixing[e, l, (l', m)] = delta(l, l') chi[e, m]
+    Phi[(w,e), k] = sum_l Psi[w,l] mixing[e,l,k],     mixing[e, l, (n,m)] = P[l,n] chi[e,m]
+
+P holds the principal axes of tissue signals within the contrast basis, chi those of their echo trains.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quantitron.recon.data import Basis, Protocol
-from quantitron.recon.signal.dictionary import echo_dictionary
+from quantitron.recon.signal.dictionary import contrast_dictionary, echo_dictionary
 
-T2STAR_PRIOR = (0.008, 0.4)
-"""T2* [s] between which the dictionary's variance is taken, logarithmically uniform."""
+TISSUE_RANGE: Mapping[str, tuple[float, float]] = {
+    "t1": (0.4, 4.5),
+    "t2": (0.03, 2.0),
+    "t2star": (0.02, 0.12),
+    "inversion": (0.8, 1.0),
+}
+"""Where tissue lies [s], [1]: the variance of the coefficients is taken over it, logarithmically uniform."""
 
 
 @dataclass(frozen=True)
@@ -43,42 +51,53 @@ def coefficient_basis(
     protocol: Protocol,
     b0_range: float,
     rank: int | float,
-    t2star_prior: tuple[float, float] = T2STAR_PRIOR,
+    tissue_range: Mapping[str, tuple[float, float]] = TISSUE_RANGE,
 ) -> CoefficientBasis:
     """Strongest components of contrast basis times echo basis.
 
     Args:
-        basis: over the contrasts.
+        basis: over the contrasts. One that was measured brings its own variances.
         protocol: for the echo times.
         b0_range: half-width [Hz] of the off-resonances that the echo basis must span.
         rank: number of components, or the share of the energy to keep (float).
-        t2star_prior: T2* [s] range of the echo dictionary.
+        tissue_range: name -> (low, high) over which the dictionary's variance is taken.
 
     Raises:
         ValueError: if rank is above the number of frames.
     """
     if isinstance(rank, int) and rank > protocol.frames:
         raise ValueError(f"rank {rank} is above the {protocol.frames} frames of the scan")
-    atoms = echo_dictionary(protocol, b0_range, t2star_prior).atoms  # (a, e)
-    atoms = atoms / torch.linalg.vector_norm(atoms, dim=1, keepdim=True)
-    values, vectors = torch.linalg.eigh(atoms.T @ atoms.conj() / len(atoms))
-    echo_variance, echo_vectors = values.flip(0).clamp_min(0), vectors.flip(1)  # (m,), (e, m)
-    contrast_variance = basis.variance.double()  # (l,)
-    product = (contrast_variance[:, None] * echo_variance).flatten()  # (l*m,)
+    echoes = echo_dictionary(protocol, b0_range, tissue_range["t2star"])
+    echo_variance, echo_axes = _principal_axes(echoes.atoms)  # (m,), (e, m)
+    if basis.source == "dictionary":
+        atoms = contrast_dictionary(protocol, tissue_range).atoms @ basis.contrast.double()  # (a, l)
+        contrast_variance, contrast_axes = _principal_axes(atoms)  # (n,), (l, n)
+    else:
+        contrast_variance = basis.variance.double() / basis.variance.double().sum()
+        contrast_axes = torch.eye(basis.rank, dtype=torch.float64)
+    product = (contrast_variance[:, None] * echo_variance).flatten()  # (n*m,)
     order = product.argsort(descending=True, stable=True)
     share = product[order].cumsum(0)
-    if isinstance(rank, int):
-        columns = min(rank, len(order))
-    else:
-        # A contrast basis that was cut already cannot reach more than its own share.
-        columns = int((share < min(rank, float(share[-1])) - 1e-12).sum()) + 1
-    kept = order[:columns]
+    columns = min(rank, len(order)) if isinstance(rank, int) else int((share < rank - 1e-12).sum()) + 1
+    kept = order[: min(columns, len(order))]
     component, echo_component = kept // len(echo_variance), kept % len(echo_variance)
-    mixing = torch.zeros(protocol.echoes, basis.rank, columns, dtype=torch.complex128)
-    mixing[:, component, torch.arange(columns)] = echo_vectors[:, echo_component].to(mixing)
+    mixing = torch.einsum(
+        "lk,ek->elk",
+        contrast_axes[:, component].to(torch.complex128),
+        echo_axes[:, echo_component].to(torch.complex128),
+    )
     # A component that the dictionary says is absent still gets a finite weight.
     variance = product[kept].clamp_min(float(product[kept[0]]) * 1e-9)
-    return CoefficientBasis(mixing.to(torch.complex64), variance.to(torch.float32), float(share[columns - 1]))
+    return CoefficientBasis(
+        mixing.to(torch.complex64), variance.float(), float(share[len(kept) - 1]) * basis.retained_energy
+    )
+
+
+def _principal_axes(atoms: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squares (n,), descending and of sum 1, and axes (n, n) of normalised atoms (a, n)."""
+    atoms = atoms / torch.linalg.vector_norm(atoms, dim=1, keepdim=True)
+    values, vectors = torch.linalg.eigh(atoms.T @ atoms.conj() / len(atoms))
+    return values.flip(0).clamp_min(0), vectors.flip(1)
 
 
 def echo_images(coefficients: Tensor, basis: CoefficientBasis) -> Tensor:

@@ -1,8 +1,8 @@
 """Coil sensitivity maps of a slice, from what the scan offers.
 
-Calibration lines give them where there are some. Otherwise each coil's k-space centre is reconstructed on its own
-in the temporal subspace (no coil mixes with another there: G acts on each k-space point alone) and serves as
-calibration data. The maps have unit root-sum-of-squares at every voxel.
+Calibration lines give them where there are some. Otherwise each coil's k-space centre is reconstructed on its
+own in the temporal subspace (no coil mixes with another there: G acts on each k-space point alone) and serves
+as calibration data. The maps have unit root-sum-of-squares at every voxel.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn.functional import grid_sample
 from quantitron.recon.coefficient_basis import CoefficientBasis
 from quantitron.recon.data import Calibration, ReducedKSpace
 from quantitron.recon.espirit import espirit, refer_phase
-from quantitron.recon.operators.fourier import centred_fft
+from quantitron.recon.operators.fourier import centred_fft, centred_ifft
 
 CALIBRATION_WIDTH = 24
 """Most calibration points used along an axis."""
@@ -113,7 +113,8 @@ def _centre_block(reduced: ReducedKSpace, wide: CoefficientBasis, noise: float) 
         box = centred_box(lines >= need)
     if box[0] == 0 or (box[1] < min(ny, 4)):
         raise ValueError(
-            "the scan has no calibration lines and its k-space centre is not sampled: no coil maps can be estimated"
+            "the scan has no calibration lines and its k-space centre is not sampled: "
+            "no coil maps can be estimated"
         )
     box = (min(box[0], CALIBRATION_WIDTH), min(box[1], CALIBRATION_WIDTH))
     coefficients = centre_coefficients(reduced, wide, noise, box)  # (z, y, k, c, x)
@@ -150,7 +151,8 @@ def centre_coefficients(
     frames = mixing.shape[0] * reduced.basis.contrast.shape[0]
     expected = frames * power.clamp_min(noise)[..., None] * wide.variance  # (z, y, k)
     weight = torch.diag_embed(noise / expected).to(torch.complex64)
-    return torch.linalg.solve(normal + weight, right.flatten(3)).reshape(right.shape)
+    solution: Tensor = torch.linalg.solve(normal + weight, right.flatten(3))
+    return solution.reshape(right.shape)
 
 
 def _energy_at(block: Tensor, places: torch.Size) -> Tensor:
@@ -160,11 +162,11 @@ def _energy_at(block: Tensor, places: torch.Size) -> Tensor:
         slice(n // 2 - b // 2, n // 2 - b // 2 + b) for n, b in zip(places, block.shape[2:], strict=True)
     )
     images[(slice(None), slice(None), *inner)] = block
-    return centred_fft(images.conj(), (2, 3, 4)).abs().square().sum((0, 1))
+    return centred_ifft(images, (2, 3, 4)).abs().square().sum((0, 1))
 
 
 def _resample(maps: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Linear interpolation of smooth maps (c, z, y, x) about the common centre n // 2, rescaled to unit length."""
+    """Linear interpolation of smooth maps (c, z, y, x) about the centre n // 2, rescaled to unit length."""
     if tuple(maps.shape[1:]) == grid:
         return maps
     axes = []
@@ -182,4 +184,5 @@ def _resample(maps: Tensor, grid: tuple[int, int, int]) -> Tensor:
         for part in parts
     )
     fine = torch.complex(real, imaginary)
-    return fine / torch.linalg.vector_norm(fine, dim=0).clamp_min(1e-12)
+    length: Tensor = torch.linalg.vector_norm(fine, dim=0).clamp_min(1e-12)
+    return fine / length

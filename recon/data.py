@@ -159,7 +159,8 @@ class KSpace:
             torch.fft.fft(torch.fft.ifftshift(buffer, dim=-1), dim=-1, norm="ortho"), dim=-1
         )
         spectrum = spectrum.reshape(n_ti, n_tau, n_te, nz, ny, coils, nx)  # (TI, tau, TE, z, y, c, kx)
-        return spectrum.permute(5, 6, 4, 3, 0, 1, 2)  # (c, kx, ky, kz, TI, tau, TE)
+        result: Tensor = spectrum.permute(5, 6, 4, 3, 0, 1, 2)  # (c, kx, ky, kz, TI, tau, TE)
+        return result
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ def choose_device(wanted: str = "auto") -> torch.device:
     """Turn a setting into a device that exists.
 
     Args:
-        wanted: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. ``auto`` takes ``QUANTITRON_DEVICE`` where that is set,
-            else the first GPU, else the CPU.
+        wanted: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. ``auto`` takes ``QUANTITRON_DEVICE`` where that is
+            set, else the first GPU, else the CPU.
 
     Raises:
         ValueError: if the name is none of these, or that GPU is not there.

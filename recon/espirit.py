@@ -1,7 +1,8 @@
 """ESPIRiT coil maps from a block of calibration data of any shape (Uecker et al. 2014, MRM 71:990).
 
-Windows of the calibration block span a space in which all k-space windows of the scan lie. In image space the
-projection onto it becomes one (c, c) matrix at each place, whose dominant eigenvector is the sensitivity there.
+Windows of the calibration block span a space in which all k-space windows of the scan lie. In image space
+the projection onto it becomes one (c, c) matrix at each place, whose dominant eigenvector is the sensitivity
+there.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ def espirit(
     Raises:
         ValueError: if the block is smaller than 2 points in a direction of the grid longer than 1.
     """
-    images, coils, *block = calibration.shape
+    _, coils, *block = calibration.shape
     if any(b < 2 <= g for b, g in zip(block, grid, strict=True)):
         raise ValueError(f"a calibration block of {tuple(block)} points (z, y, x) is too small for coil maps")
     size = [1 if g == 1 else min(k, b) for k, b, g in zip(kernel, block, grid, strict=True)]
-    # A block that is short along one axis has few windows there. Zeros around it cost less than smaller windows:
-    # 24x24x8 points of 8 coils gave maps 3.3 % off with them and 6 % without.
+    # A block that is short along one axis has few windows there. Zeros around it cost less than smaller
+    # windows: 24x24x8 points of 8 coils gave maps 3.3 % off with them and 6 % without.
     margin = [s - 1 if g > 1 and b < 3 * s else 0 for s, b, g in zip(size, block, grid, strict=True)]
     windows = _with_margin(calibration, margin)
     for axis, s in enumerate(size):
@@ -49,7 +50,7 @@ def espirit(
     signal = vectors[:, values > threshold**2 * values[-1]]
     # The windows are rows: as columns they lie in the conjugate space.
     projector = (signal.conj() @ signal.mT).reshape(coils, *size, coils, *size)
-    # Sum over window positions of equal difference: a small (c, c) kernel whose transform is the matrix wanted.
+    # Sum over window positions of equal difference: a small (c, c) kernel, whose transform is the matrix.
     spread = [2 * s - 1 for s in size]
     kernel_sum = projector.new_zeros(coils, coils, *spread)
     for a in range(size[0]):

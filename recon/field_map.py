@@ -75,5 +75,5 @@ def _unwrap(
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
     """Spatial unwrapping in as many dimensions as the map has; shape unchanged."""
     flat = phase[0] if phase.shape[0] == 1 else phase
-    unwrapped = np.ma.filled(unwrap_phase(flat, rng=0), 0.0)
+    unwrapped = np.ma.filled(unwrap_phase(flat, rng=0), 0.0)  # type: ignore[no-untyped-call]
     return unwrapped[None] if phase.shape[0] == 1 else unwrapped

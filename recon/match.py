@@ -66,6 +66,7 @@ def fit(
     b0_range: float = 25.0,
     iterations: int = 12,
     chunk: int = 16384,
+    known: Mapping[str, Tensor] | None = None,
 ) -> Fit:
     """Match, then refine off the grid.
 
@@ -76,6 +77,7 @@ def fit(
         b0_range: half-width [Hz] of the off-resonances searched by matching; the refinement may leave it.
         iterations: Gauss-Newton steps.
         chunk: voxels worked on together; bounds memory, changes no result.
+        known: name -> (voxel,) parameters that are given and not fitted.
     """
     device = coefficients.device
     psi = basis.contrast.to(device)
@@ -99,7 +101,8 @@ def fit(
             },
             **{name: values.to(device).float()[echo_index] for name, values in echoes.parameters.items()},
         }
-        parts.append(_refine(measured, start_values, pd, psi, protocol, iterations))
+        given = {name: values[start : start + chunk] for name, values in (known or {}).items()}
+        parts.append(_refine(measured, {**start_values, **given}, set(given), pd, psi, protocol, iterations))
     if not parts:
         names = (*CONTRAST_PARAMETERS[protocol.sequence], "t2star", "b0")
         empty = torch.zeros(0, device=device)
@@ -163,7 +166,9 @@ def _directional_derivative(
     with warnings.catch_warnings():
         # torch's own forward mode still compiles some formulas with torch.jit when it is first used.
         warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated")
-        _, slope = torch.func.jvp(lambda inputs: signal(inputs, protocol, None), (values,), (tangent,))
+        slope: Tensor = torch.func.jvp(lambda inputs: signal(inputs, protocol, None), (values,), (tangent,))[
+            1
+        ]
     return slope
 
 
@@ -174,19 +179,18 @@ _LOGARITHMIC = ("t1", "t2", "t2star")
 def _refine(
     measured: Tensor,
     start: Mapping[str, Tensor],
+    given: set[str],
     pd: Tensor,
     psi: Tensor,
     protocol: Protocol,
     iterations: int,
 ) -> Fit:
     """Levenberg-Marquardt steps on all voxels together, each voxel keeping only steps that lower its cost."""
-    known = protocol.inversion_efficiency is not None
-    single_echo = protocol.echoes == 1
-    fixed = {
-        name: values
-        for name, values in start.items()
-        if (name == "inversion" and known) or (name in ("t2star", "b0") and single_echo)
-    }
+    if protocol.inversion_efficiency is not None:
+        given = given | {"inversion"}
+    if protocol.echoes == 1:
+        given = given | {"t2star", "b0"}
+    fixed = {name: values for name, values in start.items() if name in given}
     free = tuple(name for name in start if name not in fixed)
     theta = torch.stack([start[name].log() if name in _LOGARITHMIC else start[name] for name in free])
     bounds = torch.tensor(
@@ -240,7 +244,9 @@ def _best_pd(model: Tensor, measured: Tensor) -> Tensor:
 
 def _cost(model: Tensor, pd: Tensor, measured: Tensor) -> Tensor:
     """(v,) squared residual."""
-    return (measured - pd[:, None, None] * model).abs().square().sum((1, 2))
+    residual: Tensor = (measured - pd[:, None, None] * model).abs().square()
+    total: Tensor = residual.sum((1, 2))
+    return total
 
 
 def _projected_slopes(model: Tensor, slopes: Tensor, pd: Tensor) -> Tensor:
@@ -266,4 +272,5 @@ def _standard_deviation(model: Tensor, slopes: Tensor, pd: Tensor, cost: Tensor)
     scale = normal.diagonal(dim1=1, dim2=2).amax(1)[:, None].clamp_min(1e-30)
     eye = torch.eye(len(slopes), dtype=normal.dtype, device=normal.device)
     inverse = torch.linalg.inv(normal + 1e-9 * scale[:, :, None] * eye)
-    return (inverse.diagonal(dim1=1, dim2=2).clamp_min(0) * per_part[:, None]).sqrt().T
+    variance: Tensor = inverse.diagonal(dim1=1, dim2=2).clamp_min(0) * per_part[:, None]
+    return variance.sqrt().T

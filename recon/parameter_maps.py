@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from quantitron.recon.data import SEQUENCE_MAPS, Maps, Problem
 from quantitron.recon.masks import signal_mask
-from quantitron.recon.match import fit
+from quantitron.recon.match import Fit, fit
 
 
 def parameter_maps(
@@ -37,7 +39,7 @@ def parameter_maps(
     protocol = problem.protocol
     mask = signal_mask(images.abs().square().sum((0, 1)).sqrt(), mask_threshold)  # (z, y, x)
     inside = images[:, :, mask].permute(2, 0, 1)  # (voxel, e, l)
-    result = fit(inside.contiguous(), problem.reduced.basis, protocol)
+    result = _fit(inside.contiguous(), mask, problem)
     fitted = dict(result.parameters)
     if protocol.echoes == 1:
         fitted.pop("t2star", None)
@@ -68,3 +70,36 @@ def parameter_maps(
         residual_to_noise=residual_to_noise,
         failed_voxels=int((~good).sum()),
     )
+
+
+INVERSION_WIDTH = 4.0
+"""Standard deviation [voxels] over which the inversion efficiency is averaged."""
+
+
+def _fit(inside: Tensor, mask: Tensor, problem: Problem) -> Fit:
+    """Fit all voxels; an unknown inversion efficiency is fitted first, averaged over space, and then given.
+
+    The efficiency follows the transmit field and is smooth; left free in each voxel it takes up T1's noise.
+
+    Args:
+        inside: (voxel, e, l) of the voxels in the mask.
+        mask: (z, y, x) bool.
+        problem: the slice.
+    """
+    protocol, basis = problem.protocol, problem.reduced.basis
+    result = fit(inside, basis, protocol)
+    if "inversion" not in result.parameters or protocol.inversion_efficiency is not None or not len(inside):
+        return result
+    deviation = result.standard_deviation["inversion"]
+    typical = deviation.median().clamp_min(1e-6)
+    weight = np.zeros(mask.shape, dtype=np.float32)
+    # Voxels that know the efficiency well speak loudest; none so loud that it stands alone.
+    weight[mask.numpy()] = (1 / (deviation.square() + (0.3 * typical) ** 2)).numpy()
+    values = np.zeros(mask.shape, dtype=np.float32)
+    values[mask.numpy()] = result.parameters["inversion"].numpy()
+    sigma = [min(INVERSION_WIDTH, n / 4) if n > 1 else 0 for n in mask.shape]
+    smooth = ndimage.gaussian_filter(values * weight, sigma) / np.maximum(
+        ndimage.gaussian_filter(weight, sigma), np.finfo(np.float32).tiny
+    )
+    given = torch.from_numpy(np.minimum(smooth[mask.numpy()], 1.0).astype(np.float32))
+    return fit(inside, basis, protocol, known={"inversion": given})

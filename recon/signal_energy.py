@@ -30,7 +30,7 @@ def centre_energy(
     Returns:
         (z, y, x) float, above zero everywhere.
     """
-    _, _, nz, ny, _, coils, nx = reduced.projected.shape
+    nz, ny = reduced.projected.shape[2:4]
     size = (min(box[0], nz), min(box[1], ny))
     centre = centre_coefficients(reduced, wide, noise, size)  # (z, y, k, c, x)
     # The edge of the box is tapered: its ringing would pass for structure.

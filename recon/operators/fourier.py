@@ -11,13 +11,15 @@ from quantitron.recon.operators.linear_operator import LinearOperator
 def centred_fft(image: Tensor, axes: tuple[int, ...]) -> Tensor:
     """``s(k) = sum_r I(r) exp(-2 pi i k r) / sqrt(n)`` along ``axes``; shape unchanged."""
     shifted = torch.fft.ifftshift(image, dim=axes)
-    return torch.fft.fftshift(torch.fft.fftn(shifted, dim=axes, norm="ortho"), dim=axes)
+    spectrum: Tensor = torch.fft.fftshift(torch.fft.fftn(shifted, dim=axes, norm="ortho"), dim=axes)
+    return spectrum
 
 
 def centred_ifft(kspace: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Inverse and adjoint of ``centred_fft``; shape unchanged."""
     shifted = torch.fft.ifftshift(kspace, dim=axes)
-    return torch.fft.fftshift(torch.fft.ifftn(shifted, dim=axes, norm="ortho"), dim=axes)
+    image: Tensor = torch.fft.fftshift(torch.fft.ifftn(shifted, dim=axes, norm="ortho"), dim=axes)
+    return image
 
 
 class FourierOperator(LinearOperator):

@@ -81,7 +81,8 @@ class ReducedSense(LinearOperator):
     @property
     def device(self) -> torch.device:
         """Where the operator works."""
-        return self._csm.device
+        device: torch.device = self._csm.device
+        return device
 
     def mean_diagonal(self) -> Tensor:
         """Mean over k-space of the diagonal of A^H A: (k,) real, for diagonal preconditioning."""
@@ -133,7 +134,8 @@ class ReducedSense(LinearOperator):
             spectrum = torch.fft.fft2(images[:, None] * csm, norm="ortho")  # (x, c, e, l, z, y)
             coil_images = torch.fft.ifft2(self._apply_gram(spectrum), norm="ortho")
             result[part] = self._coefficients(part, (coil_images * csm.conj()).sum(1))
-        return torch.fft.fftshift(result, dim=_AXES)
+        image: Tensor = torch.fft.fftshift(result, dim=_AXES)
+        return image
 
     def adjoint(self, y: Tensor) -> Tensor:
         """The operator is its own adjoint."""
@@ -150,7 +152,8 @@ class ReducedSense(LinearOperator):
             coil_images = torch.fft.ifft2(spectrum, norm="ortho")
             csm = self._csm[part, :, None, None]
             result[part] = self._coefficients(part, (coil_images * csm.conj()).sum(1))
-        return torch.fft.fftshift(result, dim=_AXES)
+        image: Tensor = torch.fft.fftshift(result, dim=_AXES)
+        return image
 
     def residual_energy(self, coefficients: Tensor, adjoint_data: Tensor | None = None) -> float:
         """||s - A U||^2 with its constant, from two inner products.

@@ -26,11 +26,13 @@ class SubspaceOperator(LinearOperator):
 
     def forward(self, x: Tensor) -> Tensor:
         """(x, k, z, y) -> (x, t, z, y)."""
-        return (self._basis.to(x.dtype) @ x.flatten(2)).unflatten(2, x.shape[2:])
+        frames = self._basis.to(x.dtype) @ x.flatten(2)  # (x, t, z*y)
+        return frames.reshape(*frames.shape[:2], *x.shape[2:])
 
     def adjoint(self, y: Tensor) -> Tensor:
         """(x, t, z, y) -> (x, k, z, y)."""
-        return (self._basis.to(y.dtype).mH @ y.flatten(2)).unflatten(2, y.shape[2:])
+        coefficients = self._basis.to(y.dtype).mH @ y.flatten(2)  # (x, k, z*y)
+        return coefficients.reshape(*coefficients.shape[:2], *y.shape[2:])
 
 
 class OffResonanceOperator(LinearOperator):

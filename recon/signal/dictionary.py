@@ -16,9 +16,10 @@ PARAMETER_RANGE: Mapping[str, tuple[float, float]] = {
     "t1": (0.02, 6.0),
     "t2": (0.004, 3.0),
     "t2star": (0.002, 1.5),
-    "inversion": (0.5, 1.0),
+    "inversion": (0.5, 1.2),
 }
-"""Physical bounds of the fitted parameters: times [s], inversion efficiency [1]."""
+"""Bounds of the fitted parameters: times [s], inversion efficiency [1]. Efficiencies above 1 are not physical,
+but noise around 1 must be let through, or the mean of the estimates falls short."""
 
 _CONTRAST_GRID_POINTS = {"t1": 64, "t2": 48, "inversion": 6}
 
@@ -69,7 +70,7 @@ def contrast_dictionary(
         return Dictionary(torch.ones(1, 1, dtype=torch.float64), {})
     mesh = torch.meshgrid(*axes, indexing="ij")
     parameters = {name: values.flatten() for name, values in zip(names, mesh, strict=True)}  # (a,)
-    return Dictionary(CONTRAST_SIGNALS[protocol.sequence](parameters, protocol), parameters)
+    return Dictionary(CONTRAST_SIGNALS[protocol.sequence](parameters, protocol, None), parameters)
 
 
 def echo_dictionary(

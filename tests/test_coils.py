@@ -1,0 +1,129 @@
+"""Coil maps: against sigpy, against the truth, and from scans that offer less than calibration lines."""
+
+import pytest
+import sigpy.mri.app
+import torch
+
+from quantitron.recon.coefficient_basis import coefficient_basis
+from quantitron.recon.coils import centred_box, coil_maps
+from quantitron.recon.data import Calibration, KSpace, Protocol
+from quantitron.recon.espirit import espirit
+from quantitron.recon.gram import reduce_kspace
+from quantitron.recon.operators.fourier import centred_fft, centred_ifft
+from quantitron.recon.temporal_basis import dictionary_basis
+
+MEGRE = Protocol("megre", (0.003, 0.008), (0.4,), (0.5,))
+
+
+def _scan(grid, coils=5, noise=0.01):
+    """An ellipsoid with structure, smooth sensitivities around it: csm, k-space (c, z, y, x), mask."""
+    z, y, x = torch.meshgrid(*((torch.arange(n) - n // 2) / n for n in grid), indexing="ij")
+    angle = 2 * torch.pi * torch.arange(coils)[:, None, None, None] / coils
+    distance = (
+        (y - 0.7 * torch.sin(angle)) ** 2
+        + (x - 0.7 * torch.cos(angle)) ** 2
+        + (z - 0.2 * torch.cos(3 * angle)) ** 2
+    )
+    csm = torch.polar(
+        torch.exp(-distance / 0.5), 1.5 * (x * torch.cos(angle) - y * torch.sin(2 * angle)) + angle
+    )
+    csm = csm / torch.linalg.vector_norm(csm, dim=0)
+    mask = (y / 0.38) ** 2 + (x / 0.32) ** 2 + (z / 0.45) ** 2 < 1
+    image = mask * (1 + 0.4 * torch.sin(40 * x) * torch.cos(33 * y))
+    kspace = centred_fft(csm * image, (1, 2, 3))
+    generator = torch.Generator().manual_seed(0)
+    return csm, kspace + noise * torch.randn(kspace.shape, dtype=kspace.dtype, generator=generator), mask
+
+
+def _error(estimate, csm, mask):
+    """Root mean square sine of the angle between estimated and true sensitivity vectors."""
+    alignment = (estimate.conj() * csm).sum(0).abs()[mask]
+    return float((1 - alignment.square()).clamp_min(0).mean().sqrt())
+
+
+def test_espirit_equals_sigpy():
+    grid = (1, 48, 48)
+    _, kspace, mask = _scan(grid)
+    centre = kspace[:, :, 12:36, 12:36]
+    ours, _ = espirit(centre[None], grid, (1, 6, 6), threshold=0.02)
+    zero_filled = torch.zeros_like(kspace)
+    zero_filled[:, :, 12:36, 12:36] = centre
+    theirs = sigpy.mri.app.EspiritCalib(
+        zero_filled[:, 0].numpy(), calib_width=24, thresh=0.02, crop=0, max_iter=100, show_pbar=False
+    ).run()
+    # Both leave the phase free at each place.
+    alignment = (ours[:, 0].conj() * torch.from_numpy(theirs)).sum(0).abs()
+    torch.testing.assert_close(alignment[mask[0]], torch.ones(int(mask.sum())), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("grid", "box", "limit"), [((1, 48, 48), (1, 20), 0.03), ((12, 40, 36), (8, 20), 0.06)]
+)
+def test_maps_from_calibration_lines(grid, box, limit):
+    csm, kspace, mask = _scan(grid)
+    nz, ny = grid[:2]
+    hybrid = centred_ifft(kspace, (3,)).permute(1, 2, 0, 3)  # (z, y, c, x)
+    count = torch.zeros(1, nz, ny)
+    count[
+        :,
+        nz // 2 - box[0] // 2 : nz // 2 - box[0] // 2 + box[0],
+        ny // 2 - box[1] // 2 : ny // 2 + box[1] // 2,
+    ] = 1
+    calibration = Calibration((hybrid * count[0, :, :, None, None])[None], count)
+    reduced, wide = _reduced(kspace, torch.ones(nz, ny, dtype=torch.bool))
+    maps = coil_maps(reduced, calibration, wide, 1e-4).permute(1, 2, 3, 0)
+    assert maps.shape == csm.shape
+    torch.testing.assert_close(torch.linalg.vector_norm(maps, dim=0), torch.ones(grid), atol=1e-4, rtol=0)
+    assert _error(maps, csm, mask) < limit
+
+
+def _reduced(kspace, sampled):
+    """A two-echo scan of the same object, both echoes alike, with the sampled (z, y) lines."""
+    coils, nz, ny, nx = kspace.shape
+    hybrid = centred_ifft(kspace, (3,)).permute(1, 2, 0, 3)  # (z, y, c, x)
+    kz, ky = torch.nonzero(sampled, as_tuple=True)
+    lines = hybrid[kz, ky].repeat(2, 1, 1)
+    n = len(kz)
+    echo = torch.arange(2).repeat_interleave(n)
+    zero = torch.zeros(2 * n, dtype=torch.int64)
+    scan = KSpace(
+        lines, zero, echo, zero, kz.repeat(2), ky.repeat(2), torch.ones(2 * n), float(lines.abs().square().sum()),
+        (1, 1, 2), (1, nz, ny, nx),
+    )  # fmt: skip
+    basis = dictionary_basis(MEGRE, 1)
+    return reduce_kspace(scan, basis), coefficient_basis(basis, MEGRE, 60.0, 0.999)
+
+
+def test_maps_without_calibration_lines_come_from_the_densest_centre():
+    grid = (8, 40, 36)
+    csm, kspace, mask = _scan(grid)
+    sampled = torch.rand(8, 40, generator=torch.Generator().manual_seed(3)) < 0.3
+    sampled[:, 10:30] = True
+    reduced, wide = _reduced(kspace, sampled)
+    maps = coil_maps(reduced, None, wide, 1e-4).permute(1, 2, 3, 0)
+    assert _error(maps, csm, mask) < 0.08
+
+
+def test_a_single_coil_needs_no_maps():
+    _, kspace, _ = _scan((1, 16, 16), coils=1)
+    reduced, wide = _reduced(
+        kspace, torch.zeros(1, 16, dtype=torch.bool).index_fill(1, torch.tensor([3]), True)
+    )
+    assert torch.equal(coil_maps(reduced, None, wide, 1.0), torch.ones(16, 1, 1, 16, dtype=torch.complex64))
+
+
+def test_a_scan_with_no_centre_is_refused():
+    _, kspace, _ = _scan((1, 32, 32))
+    sampled = torch.zeros(1, 32, dtype=torch.bool)
+    sampled[:, :6] = True
+    reduced, wide = _reduced(kspace, sampled)
+    with pytest.raises(ValueError, match="centre is not sampled"):
+        coil_maps(reduced, None, wide, 1.0)
+
+
+def test_centred_box_is_the_largest_that_is_full():
+    sampled = torch.zeros(6, 10, dtype=torch.bool)
+    sampled[2:5, 1:9] = True
+    assert centred_box(sampled) == (3, 8)
+    sampled[3, 4] = False
+    assert centred_box(sampled) == (3, 1)
