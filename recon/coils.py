@@ -35,7 +35,7 @@ def coil_maps(
         noise: noise variance of one sample.
 
     Returns:
-        csm (x, c, z, y) complex64; ones for a single coil.
+        csm (x, c, z, y) complex64; ones for a single coil, all coils alike where there is no signal at all.
     """
     _, _, nz, ny, _, coils, nx = reduced.projected.shape
     if coils == 1:
@@ -43,6 +43,8 @@ def coil_maps(
     block = _calibration_block(calibration) if calibration is not None else None
     if block is None:
         block = _centre_block(reduced, wide, noise)
+    if not block.abs().max() > 0:
+        return torch.full((nx, coils, nz, ny), coils**-0.5, dtype=torch.complex64)
     places = tuple(
         1 if n == 1 else min(n, max(2 * b, 32)) for n, b in zip((nz, ny, nx), block.shape[2:], strict=True)
     )

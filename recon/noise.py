@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from quantitron.recon.data import ReducedKSpace
+
+_QUANTILE = 0.1
 
 
 def noise_variance(reduced: ReducedKSpace, outermost: float = 0.15) -> float:
     """Noise variance E|n|^2 of one sample, from the outermost acquired k-space points.
 
-    The squared modulus of complex Gaussian noise is exponentially distributed: its median is ln(2) times its
-    mean, and the median does not see the few points that still hold signal.
+    The squared modulus of complex Gaussian noise is exponentially distributed: a tenth of the values lie
+    below -ln(0.9) times the mean, and that quantile hardly sees the points that still hold signal.
 
     Args:
         reduced: sums of the scan.
@@ -37,4 +40,5 @@ def noise_variance(reduced: ReducedKSpace, outermost: float = 0.15) -> float:
     samples = reduced.projected[chosen][point, strongest]  # (point, c, x)
     # b_l is a sum of noise weighted with psi_l; its variance is G_ll times that of a sample.
     power = samples.abs().square() / weight[point, strongest][:, None, None]
-    return float(power.median()) / math.log(2)
+    values = np.asarray(power.flatten())
+    return float(np.quantile(values, _QUANTILE)) / -math.log1p(-_QUANTILE)

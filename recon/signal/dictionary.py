@@ -18,8 +18,8 @@ PARAMETER_RANGE: Mapping[str, tuple[float, float]] = {
     "t2star": (0.002, 1.5),
     "inversion": (0.5, 1.2),
 }
-"""Bounds of the fitted parameters: times [s], inversion efficiency [1]. Efficiencies above 1 are not physical,
-but noise around 1 must be let through, or the mean of the estimates falls short."""
+"""Bounds of the fitted parameters: times [s], inversion efficiency [1]. No efficiency is above 1, but noise
+around 1 must be let through, or the mean of the estimates falls short."""
 
 _CONTRAST_GRID_POINTS = {"t1": 64, "t2": 48, "inversion": 6}
 

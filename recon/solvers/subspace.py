@@ -53,7 +53,7 @@ class Subspace(Solver):
     tolerance: float = 1e-4
     """Relative residual at which the steps end earlier."""
     regularisation: float = 4.0
-    """Factor on W. 1 would be the statistical estimate if coefficients of neighbouring voxels were independent;
+    """Factor on W. 1 would be the statistical estimate if neighbouring voxels were independent of each other;
     they are alike, and 4 gave the lowest errors between R = 12 and R = 160."""
     mask_threshold: float = 0.05
     """Amplitude below this share of the brightest tissue counts as background."""

@@ -1,0 +1,205 @@
+"""The subspace solver against ground truth: noise-free limits, undersampling, and what it must refuse."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quantitron.recon.data import Basis, Encoding, KSpace, Problem, Protocol
+from quantitron.recon.field_map import field_map
+from quantitron.recon.gram import reduce_kspace
+from quantitron.recon.masks import signal_mask
+from quantitron.recon.metrics import CAPS, nrmse
+from quantitron.recon.noise import noise_variance
+from quantitron.recon.operators.fourier import centred_fft, centred_ifft
+from quantitron.recon.signal.models import signal
+from quantitron.recon.solvers import Subspace
+from quantitron.recon.temporal_basis import dictionary_basis
+
+PROTOCOLS = {
+    "vfa_gre": Protocol(
+        "vfa_gre",
+        tuple(0.002 + 0.004 * e for e in range(6)),
+        (0.046,),
+        tuple(math.radians(a) for a in (5, 15, 30, 40)),
+    ),
+    "t2ir_gre": Protocol(
+        "t2ir_gre",
+        (0.0045, 0.0112, 0.0179, 0.0246),
+        (0.03,),
+        (math.radians(10),),
+        (0.025, 0.05, 0.09),
+        (),
+        30,
+        inversion_efficiency=None,
+    ),
+    "megre": Protocol("megre", tuple(0.004 + 0.005 * e for e in range(5)), (0.4,), (0.5,)),
+}
+
+
+def _object(grid):
+    """Tissue maps (z, y, x) of nested ellipses with smooth B0, and coil maps (c, z, y, x)."""
+    z, y, x = torch.meshgrid(*((torch.arange(n) - n // 2) / n for n in grid), indexing="ij")
+    outer = (y / 0.40) ** 2 + (x / 0.36) ** 2 < 1
+    inner = ((y - 0.05) / 0.25) ** 2 + (x / 0.2) ** 2 < 1
+    core = ((y + 0.05) / 0.08) ** 2 + ((x - 0.04) / 0.08) ** 2 < 1
+
+    def tissue(outside, middle, centre):
+        return torch.where(core, centre, torch.where(inner, middle, torch.tensor(outside)))
+
+    maps = {
+        "t1": tissue(1.4, torch.tensor(0.85), torch.tensor(2.2)),
+        "t2": tissue(0.085, torch.tensor(0.065), torch.tensor(0.15)),
+        "t2star": tissue(0.06, torch.tensor(0.05), torch.tensor(0.08)),
+        "inversion": torch.full(grid, 0.93),
+        "b0": 25 * torch.sin(4 * x) + 15 * y + 10 * z,
+    }
+    angle = 2 * torch.pi * torch.arange(6)[:, None, None, None] / 6
+    distance = (y - 0.8 * torch.sin(angle)) ** 2 + (x - 0.8 * torch.cos(angle)) ** 2
+    csm = torch.polar(torch.exp(-distance / 0.6), angle + x * torch.cos(angle) + 0.5 * z)
+    return maps, outer, csm / torch.linalg.vector_norm(csm, dim=0)
+
+
+def _problem(sequence, grid=(4, 32, 32), acceleration=1.0, noise=0.0, rank=0.99999):
+    """A scan of the object: random lines of each frame, the centre always sampled."""
+    protocol = PROTOCOLS[sequence]
+    maps, mask, csm = _object(grid)
+    nz, ny = grid[:2]
+    generator = torch.Generator().manual_seed(4)
+    frames = signal({name: values.flatten() for name, values in maps.items()}, protocol)  # (voxel, t)
+    frames = (100 * mask.flatten()[:, None] * frames).T.reshape(-1, 1, *grid)  # (t, 1, z, y, x)
+    kspace = centred_fft(csm * frames, (2, 3, 4))  # (t, c, z, y, x)
+    kspace = kspace + noise * torch.randn(kspace.shape, dtype=kspace.dtype, generator=generator)
+    hybrid = centred_ifft(kspace, (4,)).permute(0, 2, 3, 1, 4)  # (t, z, y, c, x)
+    sampled = torch.rand(protocol.frames, nz, ny, generator=generator) < 1 / acceleration
+    centre = slice(ny // 2 - 6, ny // 2 + 6)
+    sampled[:: max(1, protocol.frames // 8), :, centre] = True
+    t, kz, ky = torch.nonzero(sampled, as_tuple=True)
+    lines = hybrid[t, kz, ky].to(torch.complex64)
+    scan = KSpace(
+        lines,
+        t // protocol.echoes,
+        t % protocol.echoes,
+        torch.zeros_like(t),
+        kz,
+        ky,
+        torch.ones(len(t)),
+        float(lines.abs().square().sum()),
+        protocol.contrast_shape,
+        (1, *grid),
+    )
+    problem = Problem(
+        Encoding(grid, (0.1, 0.2, 0.2), grid, coils=6),
+        protocol,
+        reduce_kspace(scan, dictionary_basis(protocol, rank)),
+        noise_known=noise > 0,
+    )
+    return problem, maps, mask
+
+
+def _solve(problem, **settings):
+    (maps,) = Subspace(**settings).solve(problem, lambda doing, share: None)
+    return maps
+
+
+@pytest.mark.parametrize("sequence", PROTOCOLS)
+def test_a_full_noise_free_scan_gives_its_maps(sequence):
+    problem, truth, mask = _problem(sequence)
+    maps = _solve(problem)
+    assert maps.failed_voxels == 0
+    assert math.isnan(maps.residual_to_noise)
+    inside = mask & maps.mask[0]
+    assert inside.sum() > 0.98 * mask.sum()
+    for name in ("t1", "t2", "t2star"):
+        if name in maps.values:
+            error = maps.values[name][0][inside] / truth[name][inside] - 1
+            assert float(error.square().mean().sqrt()) < 0.02, name
+    error = maps.values["b0"][0][inside] - truth["b0"][inside]
+    assert float(error.abs().max()) < 0.5
+    if sequence == "t2ir_gre":
+        assert float((maps.values["inversion"][0][inside] - 0.93).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize(("sequence", "limits"), [("vfa_gre", (0.11, 0.11)), ("t2ir_gre", (0.14, 0.14))])
+def test_undersampled_noisy_scans_come_close(sequence, limits):
+    problem, truth, mask = _problem(sequence, acceleration=8, noise=0.3)
+    maps = _solve(problem)
+    for name, limit in zip(("t1", "t2star"), limits, strict=True):
+        estimate = maps.values[name][0].numpy()
+        assert nrmse(estimate, truth[name].numpy(), mask.numpy(), CAPS[name]) < limit, name
+    # Noise of variance 0.09 in every sample, of which the unknowns take up a part.
+    assert 0.5 < maps.residual_to_noise / 0.09 < 1.15
+
+
+def test_the_same_data_give_the_same_maps():
+    problem, *_ = _problem("vfa_gre", acceleration=6, noise=0.3)
+    first, second = _solve(problem), _solve(problem)
+    for name, values in first.values.items():
+        assert torch.equal(values.nan_to_num(), second.values[name].nan_to_num())
+
+
+def test_taking_the_off_resonance_out_of_the_basis_pays():
+    """At equal rank, a basis that must span the whole field fits far worse than one behind a field map."""
+    problem, truth, mask = _problem("vfa_gre", acceleration=4, noise=0.1)
+    errors = []
+    for residual_field in (3.0, 60.0):
+        maps = _solve(problem, rank=6, residual_field=residual_field)
+        estimate = maps.values["t2star"][0].numpy()
+        errors.append(nrmse(estimate, truth["t2star"].numpy(), mask.numpy(), CAPS["t2star"]))
+        assert maps.rank == 6
+    assert errors[0] < errors[1]
+
+
+def test_rank_above_the_frames_is_refused():
+    problem, *_ = _problem("megre")
+    with pytest.raises(ValueError, match="rank 6 is above the 5 frames"):
+        _solve(problem, rank=6)
+
+
+def test_empty_data_give_an_empty_mask():
+    problem, *_ = _problem("megre")
+    reduced = replace(problem.reduced, projected=0 * problem.reduced.projected, energy=0.0)
+    maps = _solve(replace(problem, reduced=reduced, noise_known=True))
+    assert not maps.mask.any()
+    assert maps.values["t2star"].isnan().all()
+
+
+def test_measured_bases_serve_as_well():
+    problem, truth, mask = _problem("vfa_gre")
+    measured = Basis(
+        problem.reduced.basis.contrast, torch.tensor([0.9, 0.08, 0.015, 0.005]), 1.0, "navigator"
+    )
+    maps = _solve(replace(problem, reduced=replace(problem.reduced, basis=measured)))
+    inside = mask & maps.mask[0]
+    assert float((maps.values["t1"][0][inside] / truth["t1"][inside] - 1).square().mean().sqrt()) < 0.02
+
+
+def test_noise_level_is_found_at_the_edge_of_kspace():
+    problem, *_ = _problem("megre", grid=(8, 48, 32), noise=7.0)
+    assert noise_variance(problem.reduced) == pytest.approx(49, rel=0.1)
+
+
+def test_field_map_resolves_whole_turns():
+    """A ramp over more than one turn between echoes comes out as a ramp."""
+    protocol = replace(PROTOCOLS["megre"], echo_time=(0.004, 0.009, 0.014))  # one turn: 200 Hz
+    y = torch.linspace(-1, 1, 48)
+    b0 = (150 * y)[None, :, None].expand(1, 48, 24)
+    images = signal({"t2star": torch.full(b0.shape, 0.05), "b0": b0}, protocol).movedim(-1, 0)[
+        :, None
+    ]  # (e, l, z, y, x)
+    found = field_map(images, protocol, torch.ones(b0.shape, dtype=torch.bool))
+    shift = (found - b0).median().div(200).round() * 200  # a whole turn in common cannot be known
+    inner = slice(3, -3)  # the neighbourhood is cut at the edges of the grid
+    torch.testing.assert_close((found - shift)[:, inner], b0[:, inner], atol=0.5, rtol=0)
+
+
+def test_mask_drops_specks_and_fills_holes():
+    amplitude = torch.full((1, 20, 20), 0.01)
+    amplitude[0, 4:16, 4:16] = 1.0
+    amplitude[0, 9, 9] = 0.0
+    amplitude[0, 0, 19] = 1.0
+    expected = torch.zeros(1, 20, 20, dtype=torch.bool)
+    expected[0, 4:16, 4:16] = True
+    assert torch.equal(signal_mask(amplitude), expected)
+    assert not signal_mask(torch.zeros(2, 3, 3)).any()
