@@ -55,8 +55,8 @@ def off_resonance(places: Places, amplitude: float, rng: np.random.Generator) ->
         return total
 
     # The scale comes from a head of fixed size, so that it is the same for every slab and grid.
-    axis = np.linspace(-0.095, 0.095, 20)
-    z, y, x = np.meshgrid(axis, axis, axis, indexing="ij")
+    plane = np.linspace(-0.095, 0.095, 41)
+    z, y, x = np.meshgrid(np.linspace(-0.04, 0.04, 17), plane, plane, indexing="ij")
     head = ((z / 0.04) ** 2 + (y / 0.095) ** 2 + (x / 0.075) ** 2) <= 1
     reference = field(z[head], y[head], x[head])
     middle = (reference.max() + reference.min()) / 2
@@ -80,8 +80,8 @@ def transmit_field(places: Places, amplitude: float, rng: np.random.Generator) -
     z, y, x = (place / FIELD_UNIT for place in places)
     tilt = rng.uniform(-0.15, 0.15, 3)
     radius = x * x + y * y + 0.5 * z * z
-    profile = 1 / (1 + radius) - 0.5 + tilt[0] * x + tilt[1] * y + tilt[2] * z
-    return 1 + amplitude * np.clip(profile, -0.75, 0.75)
+    profile = 1.5 / (1 + 2.2 * radius) - 1 + tilt[0] * x + tilt[1] * y + tilt[2] * z
+    return 1 + amplitude * np.clip(profile, -1, 1)
 
 
 def dipole_field(

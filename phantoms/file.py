@@ -26,9 +26,9 @@ def read_anatomy(path: Path) -> Anatomy:
             numbers.
     """
     try:
+        if not zipfile.is_zipfile(path) and path.exists():
+            raise ScanError(f"phantom '{path}' is not an .npz archive of maps")
         with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise ScanError(f"phantom '{path}' is a single array, not an .npz archive of maps")
             found = {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise ScanError(f"phantom file '{path}' does not exist") from None
