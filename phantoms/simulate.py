@@ -7,7 +7,7 @@ import math
 import os
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ismrmrd
@@ -102,6 +102,7 @@ def simulate(
     flip_angles: tuple[float, ...] | None = None,
     preparation_times: tuple[float, ...] | None = None,
     inversion_efficiency: float = 1.0,
+    state_efficiency: bool = False,
     calibration: str = "embedded",
     calibration_lines: tuple[int, int] = (24, 8),
     density_power: float = 2.0,
@@ -134,7 +135,9 @@ def simulate(
         repetition_time: TR [s].
         flip_angles: [rad].
         preparation_times: tau of ``t2ir_gre`` [s].
-        inversion_efficiency: of ``t2ir_gre``, 0..1; not stated in the header.
+        inversion_efficiency: of ``t2ir_gre``, 0..1.
+        state_efficiency: whether the header states it (``InversionEfficiency``), so that it need
+            not be estimated.
         calibration: ``embedded`` (calibration-and-imaging lines of the brightest frame), ``separate``
             (calibration-only lines before the scan) or ``none``.
         calibration_lines: (ky, kz) lines about the centre, cut to the matrix.
@@ -206,9 +209,10 @@ def simulate(
     noise = _Noise(covariance, seed)
 
     encoding = Encoding(matrix=grid, field_of_view=extent, delivered_matrix=grid, slices=slices, coils=coils)
+    stated = state_efficiency and sequence == "t2ir_gre"
     header = make_header(
         encoding,
-        protocol,
+        replace(protocol, inversion_efficiency=inversion_efficiency) if stated else protocol,
         readout_oversampling=readout_oversampling,
         acceleration=(1, max(1, round(acceleration))),
         calibration=calibration == "embedded",

@@ -399,6 +399,17 @@ def test_file_keeps_the_contract(tmp_path, phantom, sequence, calibration):
     assert np.allclose(lines["slice_dir"], (0, 0, 1))
 
 
+def test_inversion_efficiency_is_stated_only_if_asked(tmp_path, phantom):
+    arguments = {"sequence": "t2ir_gre", "phantom": phantom, "coils": 1, "inversion_efficiency": 0.9, **SMALL}
+    for name, state in (("silent", False), ("stated", True)):
+        output = tmp_path / f"{name}.h5"
+        simulate(output=output, acceleration=3.0, state_efficiency=state, **arguments, **SHORT["t2ir_gre"])
+        found = make_context(read_raw(output)[0]).protocol.inversion_efficiency
+        assert found == (0.9 if state else None)
+        truth = truth_of(output)["INVERSION"]
+        assert np.allclose(truth[np.isfinite(truth)], 0.9)
+
+
 def test_same_seed_same_bytes(tmp_path, phantom):
     arguments = {"sequence": "vfa_gre", "phantom": phantom, "coils": 2, "acceleration": 3.0, **SMALL}
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
