@@ -105,7 +105,7 @@ def simulate(
     state_efficiency: bool = False,
     calibration: str = "embedded",
     calibration_lines: tuple[int, int] = (24, 8),
-    density_power: float = 2.0,
+    density_power: float = 3.0,
     elliptical: bool = False,
     readout_oversampling: float = 2.0,
     b0: float = 40.0,
