@@ -253,7 +253,8 @@ def _projected_slopes(model: Tensor, slopes: Tensor, pd: Tensor) -> Tensor:
     """Derivatives (v, p, e*l) of the model with PD refitted (variable projection, Golub and Pereyra 1973)."""
     unit = (model / torch.linalg.vector_norm(model, dim=(1, 2), keepdim=True).clamp_min(1e-30)).flatten(1)
     jacobian = (pd[:, None, None] * slopes).permute(1, 0, 2, 3).flatten(2)  # (v, p, e*l)
-    return jacobian - (jacobian @ unit.conj()[:, :, None]) * unit[:, None, :]
+    projected: Tensor = jacobian - (jacobian @ unit.conj()[:, :, None]) * unit[:, None, :]
+    return projected
 
 
 def _normal_equations(model: Tensor, slopes: Tensor, pd: Tensor, measured: Tensor) -> tuple[Tensor, Tensor]:

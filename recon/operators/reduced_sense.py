@@ -87,7 +87,8 @@ class ReducedSense(LinearOperator):
     def mean_diagonal(self) -> Tensor:
         """Mean over k-space of the diagonal of A^H A: (k,) real, for diagonal preconditioning."""
         mean = self._gram.mean((-2, -1)).to(self._dtype)  # (e, l, l)
-        return torch.einsum("elk,elm,emk->k", self._mixing.conj(), mean, self._mixing).real
+        diagonal: Tensor = torch.einsum("elk,elm,emk->k", self._mixing.conj(), mean, self._mixing).real
+        return diagonal
 
     def _echo_images(self, part: slice, coefficients: Tensor) -> Tensor:
         """(x, k, z, y) -> (x, e, l, z, y), off-resonance included."""

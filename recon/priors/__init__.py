@@ -1,0 +1,1 @@
+"""Prior knowledge about images: penalties, proximal operators and covariances."""
