@@ -79,17 +79,26 @@ def test_maps_from_calibration_lines(grid, box, limit):
 
 def _reduced(kspace, sampled):
     """A two-echo scan of the same object, both echoes alike, with the sampled (z, y) lines."""
-    coils, nz, ny, nx = kspace.shape
+    _, nz, ny, nx = kspace.shape
     hybrid = centred_ifft(kspace, (3,)).permute(1, 2, 0, 3)  # (z, y, c, x)
     kz, ky = torch.nonzero(sampled, as_tuple=True)
     lines = hybrid[kz, ky].repeat(2, 1, 1)
     n = len(kz)
     echo = torch.arange(2).repeat_interleave(n)
     zero = torch.zeros(2 * n, dtype=torch.int64)
+    energy = float(lines.abs().square().sum())
     scan = KSpace(
-        lines, zero, echo, zero, kz.repeat(2), ky.repeat(2), torch.ones(2 * n), float(lines.abs().square().sum()),
-        (1, 1, 2), (1, nz, ny, nx),
-    )  # fmt: skip
+        lines,
+        zero,
+        echo,
+        zero,
+        kz.repeat(2),
+        ky.repeat(2),
+        torch.ones(2 * n),
+        energy,
+        (1, 1, 2),
+        (1, nz, ny, nx),
+    )
     basis = dictionary_basis(MEGRE, 1)
     return reduce_kspace(scan, basis), coefficient_basis(basis, MEGRE, 60.0, 0.999)
 

@@ -12,7 +12,7 @@ minimum-mean-square-error estimate under that prior, up to the factor ``regulari
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -39,25 +39,25 @@ class Subspace(Solver):
     name: ClassVar[str] = "subspace"
     sequences: ClassVar[tuple[str, ...]] = ("t2ir_gre", "vfa_gre", "megre")
 
-    rank: int | float = 0.9999
+    rank: int | float = field(default=0.9999, metadata={"above": 0})
     """Coefficient images of the final pass: a number, or the share of the dictionary's energy to keep."""
-    first_rank: int | float = 0.999
+    first_rank: int | float = field(default=0.999, metadata={"above": 0})
     """The same for the first pass, whose basis must span the whole field."""
-    field_range: float = 60.0
+    field_range: float = field(default=60.0, metadata={"minimum": 0})
     """Half-width [Hz] of the off-resonances that the first pass spans."""
-    residual_field: float = 3.0
+    residual_field: float = field(default=3.0, metadata={"minimum": 0})
     """Half-width [Hz] of the off-resonances that remain for the final pass."""
-    first_iterations: int = 4
+    first_iterations: int = field(default=4, metadata={"minimum": 1})
     """Conjugate gradient steps of the first pass."""
-    iterations: int = 20
+    iterations: int = field(default=20, metadata={"minimum": 1})
     """Conjugate gradient steps of the final pass."""
-    tolerance: float = 1e-4
+    tolerance: float = field(default=1e-4, metadata={"minimum": 0})
     """Relative residual at which the steps end earlier."""
-    regularisation: float = 4.0
+    regularisation: float = field(default=4.0, metadata={"above": 0})
     """Factor on the penalty; 1 would be the statistical estimate if the prior were exact."""
-    correlation_length: float = 8e-3
+    correlation_length: float = field(default=8e-3, metadata={"minimum": 0})
     """Length [m] over which coefficients are expected to be alike; 0 makes voxels independent."""
-    mask_threshold: float = 0.05
+    mask_threshold: float = field(default=0.05, metadata={"minimum": 0})
     """Amplitude below this share of the brightest tissue counts as background."""
     standard_deviations: bool = False
     """Whether maps of the standard deviations are delivered too."""
@@ -82,9 +82,9 @@ class Subspace(Solver):
 
         progress("final pass", 0.35)
         narrow = coefficient_basis(reduced.basis, protocol, self.residual_field, self.rank)
-        field = b0.permute(2, 0, 1).to(problem.device)  # (x, z, y)
+        b0_field = b0.permute(2, 0, 1).to(problem.device)  # (x, z, y)
         final = ReducedSense(
-            reduced, csm, narrow.mixing.to(problem.device), field, echo_time, protocol.phase_sign
+            reduced, csm, narrow.mixing.to(problem.device), b0_field, echo_time, protocol.phase_sign
         )
         data = final.adjoint_data()
         coefficients = self._estimate(final, narrow, energy, size, noise, self.iterations, data)

@@ -1,0 +1,118 @@
+"""The gadget ``reconstruct``: its settings, its device, and slices that fail."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+
+from quantitron.gadgets import reconstruct
+from quantitron.gadgets.errors import ScanError
+from quantitron.gadgets.gadget import Context
+from quantitron.gadgets.reconstruct import Reconstruct
+from quantitron.recon.data import Basis, Encoding, Maps, Problem, Protocol, ReducedKSpace
+from quantitron.recon.device import ENVIRONMENT, choose_device
+from quantitron.recon.solvers import Solver
+
+ENCODING = Encoding((2, 6, 4), (0.02, 0.06, 0.04), (2, 4, 4))
+PROTOCOL = Protocol("megre", (0.004, 0.009), (0.1,), (0.3,))
+
+
+@dataclass(frozen=True)
+class Numbered(Solver):
+    """Yields a preview and maps that hold the slice's seed; fails where the data are negative."""
+
+    name: ClassVar[str] = "numbered"
+    sequences: ClassVar[tuple[str, ...]] = ("megre",)
+    rank: int | float = 1
+
+    def solve(self, problem: Problem, progress) -> Iterator[Maps]:
+        if problem.reduced.energy < 0:
+            raise ValueError("the energy is negative")
+        value = torch.full((1, *ENCODING.matrix), problem.reduced.energy)
+        maps = Maps({"pd": value}, value > 0)
+        yield replace(maps, preview=True)
+        progress("solving", 1.0)
+        yield maps
+
+
+def _problem(energy):
+    empty = torch.zeros(1)
+    basis = Basis(torch.ones(1, 1), torch.ones(1), 1.0, "dictionary")
+    return Problem(ENCODING, PROTOCOL, ReducedKSpace(empty, empty, empty, energy, 1, basis))
+
+
+@pytest.fixture(autouse=True)
+def _solvers(monkeypatch):
+    monkeypatch.setattr(reconstruct, "SOLVERS", (*reconstruct.SOLVERS, Numbered))
+
+
+def _context():
+    return Context(header=None, encoding=ENCODING, protocol=PROTOCOL, axes={})
+
+
+def _run(energies, context):
+    gadget = Reconstruct.build({"solver": "numbered", "device": "cpu"}, "test")
+    gadget.prepare(context)
+    return list(gadget((_problem(energy) for energy in energies), context))
+
+
+def test_previews_come_first_and_maps_are_cropped():
+    preview, final = _run([5.0], _context())
+    assert preview.preview
+    assert not final.preview
+    assert final.values["pd"].shape == (1, 2, 4, 4)
+
+
+def test_a_failed_slice_leaves_the_others():
+    context = _context()
+    (maps,) = _run([1.0, -1.0, 3.0], context)
+    assert maps.values["pd"].shape == (3, 2, 4, 4)
+    assert maps.values["pd"][1].isnan().all()
+    assert not maps.mask[1].any()
+    assert maps.values["pd"][2].eq(3).all()
+    assert context.failures == ["slice 1 of 3 was not reconstructed: the energy is negative"]
+
+
+def test_nothing_reconstructed_is_an_error():
+    with pytest.raises(ScanError, match="gave no maps: the energy is negative"):
+        _run([-1.0], _context())
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"solver": "magic"}, "no solver 'magic'; there are subspace"),
+        ({"iteration": "3"}, "unknown property 'iteration'; did you mean 'iterations'"),
+        ({"iterations": "many"}, "property 'iterations' is 'many'"),
+        ({"iterations": "-1"}, "property 'iterations' is"),
+        ({"device": "tpu"}, "device 'tpu' is none of"),
+        ({"rank": "3"}, "reconstruct.rank 3 is above the 2 frames"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(values, sentence):
+    with pytest.raises(ScanError, match=sentence):
+        Reconstruct.build(values, "here").prepare(_context())
+
+
+def test_a_sequence_that_the_solver_cannot_do_is_named():
+    context = replace(_context(), protocol=replace(PROTOCOL, sequence="vfa_gre"))
+    with pytest.raises(ScanError, match="'numbered' does not reconstruct vfa_gre; it does megre"):
+        Reconstruct.build({"solver": "numbered"}, "here").prepare(context)
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match="no CUDA GPU is available"):
+        choose_device("cuda")
+    monkeypatch.setenv(ENVIRONMENT, "cuda:1")
+    with pytest.raises(ValueError, match="QUANTITRON_DEVICE=cuda:1 was asked for"):
+        choose_device("auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="there are 1 GPUs"):
+        choose_device("auto")
+    assert choose_device("cuda:0") == torch.device("cuda", 0)
