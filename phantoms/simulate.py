@@ -236,7 +236,7 @@ def simulate(
                     if not noise_free:
                         samples += noise.draw(len(samples), points)
                     raw.append(head[rows], samples)
-        write_images(part, TRUTH_GROUP, _truth_images(scenes, protocol, positions, extent, seed))
+        write_images(part, TRUTH_GROUP, _truth_images(scenes, protocol, positions, extent, covariance, seed))
         os.replace(part, output)
     except OSError as error:
         raise ScanError(f"cannot write {output}: {error.strerror or error}") from error
@@ -294,10 +294,11 @@ def _truth_images(
     protocol: Protocol,
     positions: list[tuple[float, float, float]],
     extent: tuple[float, float, float],
+    covariance: NDArray[np.complex128],
     seed: int,
 ) -> Iterator[ismrmrd.Image]:
     """Truth of all slabs as float32 images; PD scaled like that of a reconstruction."""
-    slabs = [truth_maps(scene, protocol.sequence) for scene in scenes]
+    slabs = [truth_maps(scene, protocol.sequence, covariance) for scene in scenes]
     names = [name for name in slabs[0] if all(name in slab for slab in slabs)]
     values = {name: np.stack([slab[name] for slab in slabs]) for name in names}  # (s, z, y, x)
     inside = (values["mask"] > 0) & np.isfinite(values["pd"])

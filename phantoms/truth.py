@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from quantitron.phantoms.anatomy import CSF, GREY_MATTER, SPHERES, WHITE_MATTER
 from quantitron.phantoms.scene import Scene, scan_mask
@@ -13,7 +15,9 @@ TIMES = ("t1", "t2", "t2star")
 TISSUES = {"wm": WHITE_MATTER, "gm": GREY_MATTER, "csf": CSF}
 
 
-def truth_maps(scene: Scene, sequence: str) -> dict[str, NDArray[np.float32]]:
+def truth_maps(
+    scene: Scene, sequence: str, covariance: NDArray[np.complex128] | None = None
+) -> dict[str, NDArray[np.float32]]:
     """Maps of the sequence, mask and tissues of one slab.
 
     A scan voxel averages its fine voxels, weighted by |pd|: ``t1``, ``t2``, ``t2star`` are geometric means,
@@ -27,6 +31,8 @@ def truth_maps(scene: Scene, sequence: str) -> dict[str, NDArray[np.float32]]:
     Args:
         scene: the object.
         sequence: decides which maps.
+        covariance: (c, c) of the channels' noise, where a reconstruction will whiten them. PD is defined for
+            coil maps of unit root-sum-of-squares in whitened channels, so ``pd`` holds their receive profile.
 
     Returns:
         Name -> (z, y, x) float32 on the scan grid in s, Hz, rad; NaN where there is no signal.
@@ -35,7 +41,7 @@ def truth_maps(scene: Scene, sequence: str) -> dict[str, NDArray[np.float32]]:
     total = scene.block_mean(scene.embed(weight))
     air = total == 0
     divisor = np.where(air, 1, total)
-    complex_pd = scene.block_mean(scene.embed(scene.pd))
+    complex_pd = scene.block_mean(scene.embed(scene.pd * _whitened_sensitivity(scene, covariance)))
     maps: dict[str, NDArray[np.float32]] = {}
     for name in SEQUENCE_MAPS[sequence]:
         if name == "pd":
@@ -59,6 +65,14 @@ def truth_maps(scene: Scene, sequence: str) -> dict[str, NDArray[np.float32]]:
         for name, label in TISSUES.items():
             maps[name] = scene.block_mean((labels == label).astype(np.float32))
     return maps
+
+
+def _whitened_sensitivity(scene: Scene, covariance: NDArray[np.complex128] | None) -> Tensor:
+    """(v,) root-sum-of-squares of the coil maps after whitening; 1 for channels that are not whitened."""
+    if covariance is None or not covariance.any():
+        return torch.ones(len(scene.pd))
+    whitening = torch.from_numpy(np.linalg.inv(np.linalg.cholesky(covariance)).astype(np.complex64))
+    return torch.linalg.vector_norm(whitening @ scene.coils, dim=0)
 
 
 def _full_spheres(scene: Scene) -> NDArray[np.float32]:
