@@ -19,6 +19,7 @@ from quantitron.phantoms.encode import contrast_parts, encode
 from quantitron.phantoms.protocols import make_protocol
 from quantitron.phantoms.scene import FieldSettings, brightest_frame, make_scene
 from quantitron.phantoms.simulate import simulate
+from quantitron.phantoms.truth import truth_maps
 from quantitron.recon.signal.models import signal
 
 SHORT = {
@@ -305,6 +306,29 @@ def test_noise_has_the_covariance_that_is_reported(noisy):
     difference = np.fft.ifft(data[count:] - clean, axis=-1, norm="ortho")
     power = np.mean(np.abs(difference) ** 2, axis=(0, 1))
     assert np.allclose(power, result.noise_deviation**2, rtol=0.12)
+
+
+def test_truth_of_pd_is_that_of_whitened_channels(phantom):
+    """PD times the root-sum-of-squares of the coil maps once the noise has unit covariance."""
+    protocol = make_protocol("megre", **SHORT["megre"])
+    scene = make_scene(
+        simulation.load_anatomy(phantom),
+        protocol,
+        (8, 24, 20),
+        (0.032, 0.048, 0.04),
+        coils=3,
+        supersampling=1,
+    )
+    covariance = np.array([[2.0, 0.3j, 0], [-0.3j, 1.0, 0.1], [0, 0.1, 0.5]], dtype=complex)
+    plain, whitened = truth_maps(scene, "megre"), truth_maps(scene, "megre", covariance)
+    coils = scene.coils.numpy().astype(complex)
+    profile = np.sqrt(np.einsum("cv,cd,dv->v", coils.conj(), np.linalg.inv(covariance), coils).real)
+    inside = plain["mask"] > 0
+    np.testing.assert_allclose(
+        whitened["pd"][inside], (plain["pd"] * scene.block_mean(scene.embed(profile)))[inside], rtol=1e-4
+    )
+    np.testing.assert_array_equal(whitened["t2star"][inside], plain["t2star"][inside])
+    assert profile.std() > 0.01 * profile.mean()
 
 
 def test_snr_is_that_of_the_contract(noisy):
