@@ -317,7 +317,7 @@ def test_truth_of_pd_is_that_of_whitened_channels(phantom):
         (8, 24, 20),
         (0.032, 0.048, 0.04),
         coils=3,
-        supersampling=1,
+        supersampling=(1, 1, 1),
     )
     covariance = np.array([[2.0, 0.3j, 0], [-0.3j, 1.0, 0.1], [0, 0.1, 0.5]], dtype=complex)
     plain, whitened = truth_maps(scene, "megre"), truth_maps(scene, "megre", covariance)
