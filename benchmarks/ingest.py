@@ -131,7 +131,7 @@ def run(gadget_names: list[str], source: Callable[[], Iterable[Any]], count: int
 
     def chain(items: Iterable[Any]) -> Any:
         context = make_context(scan_header())
-        BasisGadget().prepare(context)
+        BasisGadget(rank=0.9999).prepare(context)  # as in settings/subspace.yaml
         for name in gadget_names:
             items = known[name]()(items, context)
         return deque(items, maxlen=1)[-1]
