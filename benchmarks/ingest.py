@@ -86,9 +86,9 @@ def lines(count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def write_file(path: Path, count: int) -> None:
     from quantitron.phantoms.raw_file import RawFile
 
-    with RawFile(path, scan_header()) as file:
-        for head, samples in lines(count):
-            file.append(head, samples)
+    file = RawFile(path, scan_header())
+    for head, samples in lines(count):
+        file.append(head, samples)
 
 
 def send_lines(port: int, count: int) -> None:

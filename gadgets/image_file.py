@@ -28,7 +28,7 @@ TRUTH_GROUP = "truth"
 """Group of a raw file that holds the ground truth of a simulated scan."""
 
 _OVERHEAD = 1 << 16
-"""More than HDF5 takes [byte] for the structures around one image."""
+"""More than HDF5 takes [byte] for the structures around what is written at once."""
 _SERIES = re.compile(r"image_(\d+)")
 _HEADER_DTYPE: np.dtype[np.void] = np.dtype(image_header_dtype)
 _COMPLEX = {
@@ -70,7 +70,7 @@ def write_images(
     name = default_group() if group is None else group
     written = 0
     try:
-        _reserve(path, _OVERHEAD)
+        reserve(path, 0)
         with h5py.File(path, "a" if path.stat().st_size else "w") as file:
             if name in file:
                 if not overwrite:
@@ -78,12 +78,12 @@ def write_images(
                 del file[name]
             file.create_group(name)
         for image in images:
-            _reserve(path, image.data.nbytes + len(image.attribute_string) + _OVERHEAD)
+            reserve(path, image.data.nbytes + len(image.attribute_string))
             with h5py.File(path, "a") as file:
                 _append(file[name], image, path)
             written += 1
     except (OSError, RuntimeError) as error:  # h5py raises either, by where in HDF5 the write failed
-        raise ScanError(f"cannot write {path}: {_reason(error)}") from error
+        raise ScanError(f"cannot write {path}: {reason(error)}") from error
     return written
 
 
@@ -123,7 +123,7 @@ def read_images(path: str | os.PathLike[str], group: str | None = None) -> list[
             try:
                 images += _read_series(file[group][series])
             except (OSError, KeyError, ValueError, AssertionError, ParseError) as error:
-                raise ScanError(f"{path}: series /{group}/{series} is damaged: {_reason(error)}") from error
+                raise ScanError(f"{path}: series /{group}/{series} is damaged: {reason(error)}") from error
     return images
 
 
@@ -135,7 +135,7 @@ def _open(path: Path) -> h5py.File:
     except OSError as error:
         if path.is_file() and os.access(path, os.R_OK) and not h5py.is_hdf5(path):
             raise ScanError(f"{path} is not an HDF5 file") from error
-        raise ScanError(f"cannot read {path}: {_reason(error)}") from error
+        raise ScanError(f"cannot read {path}: {reason(error)}") from error
 
 
 def _groups(file: h5py.File) -> list[str]:
@@ -150,8 +150,9 @@ def _series_number(name: str) -> int:
     return int(name.removeprefix("image_"))
 
 
-def _reserve(path: Path, size: int) -> None:
-    """Make room for ``size`` more bytes by writing them; HDF5 cuts off on closing what it did not use.
+def reserve(path: Path, size: int) -> None:
+    """Make room for ``size`` more bytes and HDF5's structures around them, by writing them; HDF5 cuts off on
+    closing what it did not use.
 
     A plain write fails cleanly on a full disk. HDF5 notices one only when it flushes, and then takes the
     process down with it. A file that is new or empty is left empty, since HDF5 would not take it for its own.
@@ -160,7 +161,7 @@ def _reserve(path: Path, size: int) -> None:
     if before and not h5py.is_hdf5(path):
         raise ScanError(f"cannot write {path}: it exists and is not an HDF5 file")
     with open(path, "ab", buffering=0) as file:
-        left = size
+        left = size + _OVERHEAD
         try:
             while left > 0:
                 left -= file.write(bytes(min(left, 1 << 20)))
@@ -226,7 +227,7 @@ def _ascii(text: str) -> str:
     return text.encode("ascii", "xmlcharrefreplace").decode("ascii")
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The operating system's words where there are any, else the first line of the library's."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)

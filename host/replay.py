@@ -117,7 +117,10 @@ def _local(
 ) -> Iterator[ismrmrd.Image]:
     named = f"{where} with {', '.join(f'--set {setting}' for setting in settings)}" if settings else where
     chain = make_chain(configuration, header, named)
-    yield from chain(_until_damaged(blocks, chain.context.fail))  # type: ignore[arg-type]
+    try:
+        yield from chain(_until_damaged(blocks, chain.context.fail))  # type: ignore[arg-type]
+    except ScanError as error:  # often for want of what the failures before it cost
+        raise ScanError("; ".join(dict.fromkeys([*chain.context.failures, str(error)]))) from error
     result.notes = list(chain.context.notes)
     if chain.context.failures:
         raise ScanError("; ".join(dict.fromkeys(chain.context.failures)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 
 import h5py
 import ismrmrd
@@ -11,12 +10,16 @@ import numpy as np
 from ismrmrd.hdf5 import acquisition_dtype
 from numpy.typing import NDArray
 
+from quantitron.gadgets.image_file import reserve
+
 GROUP = "dataset"
 ROWS_PER_CHUNK = 128
+_HEAP = 1 << 12
+"""More than HDF5 takes [byte] for one line beside its samples."""
 
 
 class RawFile:
-    """An ISMRMRD file that is being written; use as a context manager."""
+    """An ISMRMRD file that is being written; it is closed between calls, and so whole after each."""
 
     def __init__(self, path: Path, header: ismrmrd.xsd.ismrmrdHeader) -> None:
         """Create the file and write the header.
@@ -28,13 +31,18 @@ class RawFile:
         Raises:
             OSError: if the file cannot be written.
         """
-        self.file = h5py.File(path, "w")
-        group = self.file.create_group(GROUP)
-        xml = group.create_dataset("xml", (1,), dtype=h5py.special_dtype(vlen=bytes))
-        xml[0] = ismrmrd.xsd.ToXML(header).encode()
-        self.data = group.create_dataset(
-            "data", (0,), maxshape=(None,), dtype=acquisition_dtype, chunks=(ROWS_PER_CHUNK,)
-        )
+        text = ismrmrd.xsd.ToXML(header).encode()
+        self.path = path
+        self.lines = 0
+        path.unlink(missing_ok=True)
+        reserve(path, len(text))
+        with h5py.File(path, "w") as file:
+            group = file.create_group(GROUP)
+            xml = group.create_dataset("xml", (1,), dtype=h5py.special_dtype(vlen=bytes))
+            xml[0] = text
+            group.create_dataset(
+                "data", (0,), maxshape=(None,), dtype=acquisition_dtype, chunks=(ROWS_PER_CHUNK,)
+            )
 
     def append(self, head: NDArray[np.void], samples: NDArray[np.complex64]) -> None:
         """Write acquisitions.
@@ -47,7 +55,7 @@ class RawFile:
             OSError: if the disk is full.
         """
         count, channels, points = samples.shape
-        start = self.data.shape[0]
+        start = self.lines
         head = head.copy()
         head["number_of_samples"] = points
         head["active_channels"] = channels
@@ -60,13 +68,9 @@ class RawFile:
         for row in range(count):
             rows["traj"][row] = no_trajectory
             rows["data"][row] = numbers[row]
-        self.data.resize(start + count, axis=0)
-        self.data[start:] = rows
-
-    def __enter__(self) -> RawFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.file.close()
+        reserve(self.path, numbers.nbytes + count * _HEAP)
+        with h5py.File(self.path, "r+") as file:
+            data = file[GROUP]["data"]
+            data.resize(start + count, axis=0)
+            data[start:] = rows
+        self.lines += count

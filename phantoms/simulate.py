@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from quantitron.gadgets.acquisition_block import HEADER_DTYPE
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.header import make_header
-from quantitron.gadgets.image_file import TRUTH_GROUP, write_images
+from quantitron.gadgets.image_file import TRUTH_GROUP, reason, write_images
 from quantitron.gadgets.image_geometry import axial_header
 from quantitron.gadgets.images import PD_REFERENCE, map_images
 from quantitron.phantoms.acquisition_order import Pass, acquisition_headers, flag, order_passes
@@ -228,18 +228,18 @@ def simulate(
     part = output.with_name(output.name + ".part")
     noise_lines = 0 if noise_free else -(-NOISE_SAMPLES // points)
     try:
-        with RawFile(part, header) as raw:
-            if noise_lines:
-                raw.append(_noise_headers(noise_lines, points), noise.draw(noise_lines, points))
-            for lines, head in zip(passes, heads, strict=True):
-                for rows, samples in _pass_samples(scenes[lines.slice], protocol, lines, points):
-                    if not noise_free:
-                        samples += noise.draw(len(samples), points)
-                    raw.append(head[rows], samples)
+        raw = RawFile(part, header)
+        if noise_lines:
+            raw.append(_noise_headers(noise_lines, points), noise.draw(noise_lines, points))
+        for lines, head in zip(passes, heads, strict=True):
+            for rows, samples in _pass_samples(scenes[lines.slice], protocol, lines, points):
+                if not noise_free:
+                    samples += noise.draw(len(samples), points)
+                raw.append(head[rows], samples)
         write_images(part, TRUTH_GROUP, _truth_images(scenes, protocol, positions, extent, covariance, seed))
         os.replace(part, output)
     except OSError as error:
-        raise ScanError(f"cannot write {output}: {error.strerror or error}") from error
+        raise ScanError(f"cannot write {output}: {reason(error)}") from error
     finally:
         part.unlink(missing_ok=True)
     total = sum(len(lines) for lines in passes)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from stand_in import HEADER, gather, pipeline, scan, write_raw
@@ -281,6 +282,29 @@ def test_a_truncated_file_is_one_sentence(tmp_path):
     raw = write_raw(tmp_path / "raw.h5", real_scan())
     os.truncate(raw, raw.stat().st_size // 2)
     assert "truncated" in sentence_of(raw, tmp_path)
+
+
+def test_a_damaged_line_is_named_where_the_lines_before_it_are_too_few(tmp_path):
+    raw = write_raw(tmp_path / "raw.h5", real_scan())
+    with h5py.File(raw, "r+") as file:
+        row = file["dataset/data"][1]
+        row["head"]["number_of_samples"] //= 2
+        file["dataset/data"][1] = row
+    sentence = sentence_of(raw, tmp_path)
+    assert "acquisition 1 holds 64 values in 'data'" in sentence
+    assert sentence.endswith("; the scan ended without a single imaging line")
+
+
+@pytest.mark.parametrize("limit", [4_000, 100_000, 1_000_000])
+def test_a_disk_that_is_full_while_a_scan_is_simulated_is_one_sentence(tmp_path, limit):
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    arguments = ("--matrix", "16,16,4", "--coils", "4", "-o", tmp_path / "raw.h5")
+    done = run("--quiet", "simulate", "megre", *arguments, preexec_fn=small_disk)
+    assert failed(done) == f"quantitron: cannot write {tmp_path / 'raw.h5'}: File too large"
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("limit", [4_000, 60_000])
