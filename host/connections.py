@@ -48,7 +48,8 @@ def accept_connections(
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=64)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
+        known = error.errno and error.errno > 0  # those of the name service are below
+        reason = os.strerror(error.errno) if known else (error.strerror or str(error)).split(" (")[0]
         raise ScanError(f"cannot listen on {host}:{port}: {reason}") from error
     # a signal writes into the pipe, so that one poll waits for connections, ended processes and the end
     wake, waker = os.pipe()

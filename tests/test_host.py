@@ -30,6 +30,7 @@ from quantitron.host.configuration import (
     override,
     parse_pipeline,
 )
+from quantitron.host.connections import accept_connections
 from quantitron.host.raw_file import count_acquisitions, read_blocks, read_header
 from quantitron.host.replay import replay
 
@@ -473,6 +474,11 @@ def test_a_port_that_is_taken_is_one_sentence(server):
     assert done.stderr.strip().endswith(
         f"cannot listen on 127.0.0.1:{server.address[1]}: Address already in use"
     )
+
+
+def test_an_address_that_is_none_is_one_sentence():
+    with pytest.raises(ScanError, match=r"^cannot listen on 300\.1\.1\.1:0: (?!Unknown)[^\[(]+$"):
+        accept_connections("300.1.1.1", 0, lambda _: 0, lambda _: None)
 
 
 def test_a_peer_that_is_gone_before_config_is_no_disaster(server):
