@@ -87,6 +87,8 @@ def test_nothing_reconstructed_is_an_error():
         ({"iteration": "3"}, "unknown property 'iteration'; did you mean 'iterations'"),
         ({"iterations": "many"}, "property 'iterations' is 'many'"),
         ({"iterations": "-1"}, "property 'iterations' is"),
+        ({"solver": "subspace", "t1_range": "2, 1"}, "t1_range runs from 2 to 1 s"),
+        ({"solver": "subspace", "t1_range": "2"}, "property 't1_range' is '2', but must be 2 values"),
         ({"device": "tpu"}, "device 'tpu' is none of"),
         ({"rank": "3"}, "reconstruct.rank 3 is above the 2 frames"),
     ],

@@ -19,7 +19,12 @@ import torch
 from torch import Tensor
 
 from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
-from quantitron.recon.coefficient_basis import CoefficientBasis, coefficient_basis, echo_images
+from quantitron.recon.coefficient_basis import (
+    TISSUE_RANGE,
+    CoefficientBasis,
+    coefficient_basis,
+    echo_images,
+)
 from quantitron.recon.coils import coil_maps
 from quantitron.recon.data import Maps, Problem
 from quantitron.recon.field_map import field_map
@@ -57,16 +62,35 @@ class Subspace(Solver):
     """Factor on the penalty; 1 would be the statistical estimate if the prior were exact."""
     correlation_length: float = field(default=8e-3, metadata={"minimum": 0})
     """Length [m] over which coefficients are expected to be alike; 0 makes voxels independent."""
+    t1_range: tuple[float, float] = field(default=TISSUE_RANGE["t1"], metadata={"above": 0})
+    """T1 [s] of the tissue that is expected; widen it for phantoms with shorter ones."""
+    t2_range: tuple[float, float] = field(default=TISSUE_RANGE["t2"], metadata={"above": 0})
+    """T2 [s] that is expected."""
+    t2star_range: tuple[float, float] = field(default=TISSUE_RANGE["t2star"], metadata={"above": 0})
+    """T2* [s] that is expected."""
     mask_threshold: float = field(default=0.05, metadata={"minimum": 0})
     """Amplitude below this share of the brightest tissue counts as background."""
     standard_deviations: bool = False
     """Whether maps of the standard deviations are delivered too."""
 
+    def __post_init__(self) -> None:
+        """Refuse ranges that are none.
+
+        Raises:
+            ValueError: if the end of a range is not above its start.
+        """
+        for name in ("t1_range", "t2_range", "t2star_range"):
+            low, high = getattr(self, name)
+            if not low < high:
+                raise ValueError(f"{name} runs from {low:g} to {high:g} s; its end must be above its start")
+
     def solve(self, problem: Problem, progress: Progress) -> Iterator[Maps]:
         """Reconstruct one slice; yields the final maps only."""
         protocol, reduced, size = problem.protocol, problem.reduced, problem.encoding.voxel_size
         noise = 1.0 if problem.noise_known else noise_variance(reduced)
-        wide = coefficient_basis(reduced.basis, protocol, self.field_range, self.first_rank)
+        wide = coefficient_basis(
+            reduced.basis, protocol, self.field_range, self.first_rank, self._tissue_range()
+        )
         progress("coil maps", 0.0)
         csm = coil_maps(reduced, problem.calibration, wide, noise).to(problem.device)
         energy = centre_energy(reduced, wide, noise)  # (z, y, x)
@@ -81,7 +105,9 @@ class Subspace(Solver):
         b0 = field_map(images, protocol, mask)  # (z, y, x)
 
         progress("final pass", 0.35)
-        narrow = coefficient_basis(reduced.basis, protocol, self.residual_field, self.rank)
+        narrow = coefficient_basis(
+            reduced.basis, protocol, self.residual_field, self.rank, self._tissue_range()
+        )
         b0_field = b0.permute(2, 0, 1).to(problem.device)  # (x, z, y)
         final = ReducedSense(
             reduced, csm, narrow.mixing.to(problem.device), b0_field, echo_time, protocol.phase_sign
@@ -103,6 +129,9 @@ class Subspace(Solver):
             standard_deviations=self.standard_deviations,
         )
         progress("done", 1.0)
+
+    def _tissue_range(self) -> dict[str, tuple[float, float]]:
+        return {**TISSUE_RANGE, "t1": self.t1_range, "t2": self.t2_range, "t2star": self.t2star_range}
 
     def _estimate(
         self,
