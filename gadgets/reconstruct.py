@@ -112,7 +112,12 @@ class Reconstruct(Gadget):
             raise ScanError(
                 f"solver '{self.solver}' gave no maps: {reason or 'there was no slice to reconstruct'}"
             )
-        yield Maps.stack([_without_values(done[0]) if maps is None else maps for maps in finished])
+        maps = Maps.stack([_without_values(done[0]) if maps is None else maps for maps in finished])
+        if not maps.mask.any():
+            context.fail(
+                "the scan holds no signal: no voxel stands out from the background, the maps are empty"
+            )
+        yield maps
 
 
 @dataclass(frozen=True)

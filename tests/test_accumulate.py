@@ -426,7 +426,7 @@ def test_early_close_that_is_enough_is_reconstructed_and_says_what_is_missing():
     kspace = accumulate(numbered(lines.where(np.arange(len(lines)) < 120)), scan).kspace
     assert len(kspace.count) == 120
     assert scan.notes == [
-        "the end of the measurement was not flagged; 120 of 192 announced lines came (62.5 %)"
+        "the end of the measurement was not flagged; 120 of the 192 lines that the encoding limits span came"
     ]
 
 
@@ -465,7 +465,9 @@ def test_missing_centre_is_an_error():
     grid = encoding((1, 32, NX))
     lines = full_scan(megre(), grid, NX)
     edge = lines.where(lines.head["idx"]["kspace_encode_step_1"] < 10)
-    with pytest.raises(ScanError, match="k-space centre never came; 20 of 64 announced lines came"):
+    with pytest.raises(
+        ScanError, match="k-space centre never came; 20 of the 64 lines that the encoding limits span came"
+    ):
         accumulate(numbered(edge), scan_of(megre(), grid))
 
 
@@ -481,7 +483,8 @@ def test_minimum_fraction():
     half = lines.where(np.arange(len(lines)) % 2 == 0)
     accumulate(numbered(half), scan_of(megre()), minimum_fraction=0.5)
     with pytest.raises(
-        ScanError, match=r"8 of 16 announced lines came \(50 %\), less than the minimum_fraction"
+        ScanError,
+        match=r"8 of the 16 lines that the encoding limits span came, less than the minimum_fraction",
     ):
         accumulate(numbered(half), scan_of(megre()), minimum_fraction=0.6)
 

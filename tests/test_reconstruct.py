@@ -75,6 +75,13 @@ def test_a_failed_slice_leaves_the_others():
     assert context.failures == ["slice 1 of 3 was not reconstructed: the energy is negative"]
 
 
+def test_a_scan_without_signal_is_said_to_be_one():
+    context = _context()
+    (maps,) = [item for item in _run([0.0], context) if not item.preview]
+    assert not maps.mask.any()
+    assert "the scan holds no signal" in context.failures[0]
+
+
 def test_nothing_reconstructed_is_an_error():
     with pytest.raises(ScanError, match="gave no maps: the energy is negative"):
         _run([-1.0], _context())
