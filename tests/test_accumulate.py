@@ -441,7 +441,7 @@ def test_complete_scan_without_the_flag_needs_no_remark():
 def test_early_close_without_some_contrast_is_an_error():
     lines = full_scan(vfa(), encoding(), NX)  # the flip angles come one after another
     with pytest.raises(
-        ScanError, match=r"no line has set = 2 \(1 of 3 values never came\); 30 of 48 announced"
+        ScanError, match=r"no line has set = 2 \(1 of 3 values never came\); 30 of the 48 lines"
     ):
         accumulate(numbered(lines.where(np.arange(48) < 30)), scan_of(vfa()))
 
