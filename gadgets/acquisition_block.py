@@ -36,6 +36,9 @@ class AcquisitionBlock:
     """Number of the first acquisition within the scan, for messages."""
     hybrid: bool = False
     """Whether the readout has been placed, Fourier transformed and cropped (``remove_oversampling``)."""
+    mixing: NDArray[np.complex64] | None = None
+    """(k, c) that the channels are still to be multiplied with: the noise adjustment leaves it to
+    ``remove_oversampling``, after whose cropping it costs half."""
 
     def __len__(self) -> int:
         return len(self.head)
@@ -50,7 +53,12 @@ class AcquisitionBlock:
         if chosen.all():
             return self
         return AcquisitionBlock(
-            self.head[chosen], self.data[chosen], self.trajectory[chosen], self.first, self.hybrid
+            self.head[chosen],
+            self.data[chosen],
+            self.trajectory[chosen],
+            self.first,
+            self.hybrid,
+            self.mixing,
         )
 
 

@@ -67,4 +67,5 @@ def runs(block: AcquisitionBlock, chosen: NDArray[np.bool_]) -> Iterator[Acquisi
             block.trajectory[start:end],
             block.first + int(start),
             block.hybrid,
+            block.mixing,
         )

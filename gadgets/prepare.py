@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -47,6 +48,8 @@ def _mix(matrix: NDArray[np.complex64], data: NDArray[np.complex64]) -> NDArray[
 class NoiseAdjust(Gadget):
     """Whitens the channels with the noise scan: afterwards E|n|^2 = 1 for each complex sample (Roemer 1990).
 
+    The product with the whitening matrix is left to ``remove_oversampling`` (``AcquisitionBlock.mixing``).
+
     Noise lines count from the start of the stream to the first line of the scan proper. Without any, lines
     pass as they are and ``context.noise_known`` stays False.
     """
@@ -80,7 +83,10 @@ class NoiseAdjust(Gadget):
             if is_noise.any():
                 context.note("noise lines that came after the first imaging line were not used")
             for run in runs(block, chosen):
-                yield whitening.apply(run) if whitening is not None else run
+                if whitening is None:
+                    yield run
+                else:
+                    yield from whitening.apply(run)
 
     def _whitening(self, noise: list[AcquisitionBlock], context: Context) -> _Whitening | None:
         if not noise:
@@ -144,19 +150,20 @@ class _Whitening:
     ratio: float
     """Receiver noise bandwidth over sampling bandwidth."""
 
-    def apply(self, block: AcquisitionBlock) -> AcquisitionBlock:
+    def apply(self, block: AcquisitionBlock) -> Iterator[AcquisitionBlock]:
+        """The block, cut where the sampling time changes, with the whitening as pending ``mixing``."""
         if block.data.shape[1] != len(self.matrix):
             raise ScanError(
                 f"acquisition {block.first} has {block.data.shape[1]} channels, the noise scan has "
                 f"{len(self.matrix)}"
             )
         dwells = block.head["sample_time_us"]
-        if (dwells == dwells[0]).all():
-            return replace(block, data=_mix(self._scaled(float(dwells[0])), block.data))
-        data = np.empty_like(block.data)
-        for dwell in np.unique(dwells):
-            data[dwells == dwell] = _mix(self._scaled(float(dwell)), block.data[dwells == dwell])
-        return replace(block, data=data)
+        edges = [0, *(np.flatnonzero(np.diff(dwells)) + 1).tolist(), len(block)]
+        for start, end in pairwise(edges):
+            part = np.zeros(len(block), dtype=bool)
+            part[start:end] = True
+            for run in runs(block, part):
+                yield replace(run, mixing=self._scaled(float(dwells[start])))
 
     def _scaled(self, dwell: float) -> NDArray[np.complex64]:
         # Noise variance goes with bandwidth, so with one over the sampling time.
@@ -223,7 +230,9 @@ class _Readout:
         data = np.empty((n, c, self._kept), dtype=np.complex64)
         data[..., :half] = image[..., self._encoded - half :]
         data[..., half:] = image[..., : self._kept - half]
-        return replace(block, data=data, hybrid=True)
+        if block.mixing is not None:
+            data = _mix(block.mixing, data)
+        return replace(block, data=data, mixing=None, hybrid=True)
 
     def _place(self, block: AcquisitionBlock, work: NDArray[np.complex64]) -> None:
         """Write samples where the transform wants them: k = 0 first, negative k from the end."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ismrmrd
 import numpy as np
 import pytest
@@ -24,7 +26,8 @@ def correlated(shape, seed):
 def whitened(blocks, scan=None, **settings):
     scan = scan or context(megre(), encoding(coils=COILS))
     out = list(NoiseAdjust(**settings)(blocks, scan))
-    return np.concatenate([part.data for part in out]), scan
+    mixed = [part.data if part.mixing is None else np.matmul(part.mixing, part.data) for part in out]
+    return np.concatenate(mixed), scan
 
 
 # ---- noise adjustment
@@ -122,6 +125,17 @@ def test_unused_lines_are_dropped_and_numbers_stay_true():
     scan = context(megre(), encoding(coils=COILS))
     out = list(NoiseAdjust()([data], scan))
     assert [(part.first, len(part)) for part in out] == [(0, 2), (4, 2)]
+
+
+def test_pending_whitening_is_applied_to_the_cropped_lines():
+    """Mixing channels and transforming readouts commute: early or late, the lines are the same."""
+    matrix = np.array([[1.0, 0.0], [0.4j, 0.7]], dtype=np.complex64)
+    lines = block(noise((3, 2, 32)))
+    late = list(RemoveOversampling()([replace(lines, mixing=matrix)], context(megre(), encoding(coils=2))))
+    early = replace(lines, data=np.matmul(matrix, lines.data))
+    expected = list(RemoveOversampling()([early], context(megre(), encoding(coils=2))))
+    assert late[0].mixing is None
+    np.testing.assert_allclose(late[0].data, expected[0].data, atol=1e-5)
 
 
 # ---- readout oversampling
