@@ -43,8 +43,12 @@ def compare(maps_path: str | os.PathLike[str], truth_path: str | os.PathLike[str
     Raises:
         ScanError: if a file cannot be read, if the grids differ, or if the files have no map in common.
     """
-    maps = map_volumes(read_images(maps_path))
     in_raw = TRUTH_GROUP in image_groups(truth_path)
+    if not in_raw and image_groups(maps_path) == [TRUTH_GROUP]:
+        raise ScanError(
+            f"{maps_path} holds a ground truth and {truth_path} none: the maps come first, the truth second"
+        )
+    maps = map_volumes(read_images(maps_path))
     truth = map_volumes(read_images(truth_path, TRUTH_GROUP if in_raw else None))
     roles = [role for role in _COMPARED if role in maps and role in truth]
     if not roles:

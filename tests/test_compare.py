@@ -189,6 +189,8 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path, truth_file: Pat
         compare(write(tmp_path / "fine.h5", None, brain()), empty)
     with pytest.raises(ScanError, match="does not exist"):
         compare(tmp_path / "none.h5", truth_file)
+    with pytest.raises(ScanError, match="the maps come first, the truth second"):
+        compare(truth_file, write(tmp_path / "swapped.h5", None, brain()))
     raw = tmp_path / "no_truth.h5"
     with h5py.File(raw, "w") as file:
         file["dataset/xml"] = "header"
