@@ -127,6 +127,9 @@ def simulate(
     flip: Annotated[str | None, typer.Option(help="Flip angles in degrees, with commas between.")] = None,
     tau: Annotated[str | None, typer.Option(help="T2 preparation times in ms, with commas between.")] = None,
     supersampling: Annotated[int, typer.Option(min=1, help="Object points along a voxel's edge.")] = 2,
+    point_spread: Annotated[
+        str, typer.Option(help="truncation (rings, as a scanner does) or average (mean of each voxel)")
+    ] = "truncation",
     calibration: Annotated[str, typer.Option(help="embedded, separate or none")] = "embedded",
     b0: Annotated[float, typer.Option(help="Field spread in Hz.")] = 40.0,
     b1: Annotated[float, typer.Option(help="Spread of the transmit field.")] = 0.0,
@@ -160,6 +163,7 @@ def simulate(
         flip_angles=tuple(math.radians(value) for value in angles) if angles else None,
         preparation_times=tuple(1e-3 * value for value in preparations) if preparations else None,
         supersampling=supersampling,
+        point_spread=cast("Any", point_spread),
         calibration=calibration,
         b0=b0,
         b1=b1,

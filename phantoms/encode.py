@@ -5,11 +5,15 @@
 is summed over the fine voxels at their own places, for the k of the scan only. So truncation (Gibbs ringing),
 partial volume and dephasing within a voxel are those of a real scan. Scaled so that a unitary inverse
 transform on the scan grid returns the mean of the fine voxels of each scan voxel (blurred by the truncation).
+
+Most published simulations average instead: every fine voxel counts at the centre of its scan voxel, so that
+the image of a full scan is exactly that mean, with partial volume and without ringing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -18,8 +22,19 @@ from torch import Tensor
 from quantitron.phantoms.scene import Scene, voxel_batches
 from quantitron.recon.data import Protocol
 
+PointSpread: TypeAlias = Literal["truncation", "average"]
+"""How a point of the object shows: through the cut k-space, or as a share of its scan voxel's mean."""
+POINT_SPREADS: tuple[PointSpread, ...] = get_args(PointSpread)
 
-def fourier_matrix(points: int, matrix: int, supersampling: int, first: int, last: int) -> Tensor:
+
+def fourier_matrix(
+    points: int,
+    matrix: int,
+    supersampling: int,
+    first: int,
+    last: int,
+    point_spread: PointSpread = "truncation",
+) -> Tensor:
     """Fourier sum along one axis: (points, last - first) complex64.
 
     Args:
@@ -28,9 +43,15 @@ def fourier_matrix(points: int, matrix: int, supersampling: int, first: int, las
         supersampling: fine voxels in a scan voxel.
         first: first fine voxel and
         last: one past the last one that is summed over; all others are air.
+        point_spread: ``truncation`` puts each fine voxel at its own place, ``average`` at the centre of its
+            scan voxel.
     """
     q = supersampling
-    place = (np.arange(first, last) - q * (matrix // 2) - (q - 1) / 2) / q  # in scan voxels
+    fine = np.arange(first, last)
+    if point_spread == "average":
+        place = (fine // q - matrix // 2).astype(np.float64)  # in scan voxels
+    else:
+        place = (fine - q * (matrix // 2) - (q - 1) / 2) / q
     k = (np.arange(points) - points // 2) / points  # cycles per scan voxel
     kernel = np.exp(-2j * np.pi * k[:, None] * place[None, :]) / (q * np.sqrt(points))
     return torch.from_numpy(kernel.astype(np.complex64))
@@ -86,7 +107,12 @@ def contrast_parts(
 
 
 def encode(
-    scene: Scene, protocol: Protocol, contrasts: list[int], echoes: list[int], readout_points: int
+    scene: Scene,
+    protocol: Protocol,
+    contrasts: list[int],
+    echoes: list[int],
+    readout_points: int,
+    point_spread: PointSpread = "truncation",
 ) -> EncodedScene:
     """k-space of some contrasts and echoes in all coils.
 
@@ -96,6 +122,7 @@ def encode(
         contrasts: w of the contrasts that are measured together.
         echoes: e of the echoes.
         readout_points: samples of a line, oversampling included.
+        point_spread: see ``fourier_matrix``.
 
     Returns:
         The factored k-space; its memory is (e, kz, ky, l, c, x) complex64.
@@ -107,8 +134,8 @@ def encode(
     places = np.unravel_index(scene.index, scene.fine_matrix)
     low = [int(place.min()) for place in places]
     high = [int(place.max()) + 1 for place in places]
-    along_z = fourier_matrix(nz, nz, qz, low[0], high[0])
-    along_y = fourier_matrix(ny, ny, qy, low[1], high[1])
+    along_z = fourier_matrix(nz, nz, qz, low[0], high[0], point_spread)
+    along_y = fourier_matrix(ny, ny, qy, low[1], high[1], point_spread)
     box = tuple(b - a for a, b in zip(low, high, strict=True))
     flat = torch.from_numpy(np.ravel_multi_index(tuple(p - a for p, a in zip(places, low, strict=True)), box))
     coils, rank = len(scene.coils), len(parts)
@@ -121,4 +148,5 @@ def encode(
             planes = along_z @ image.view(rank, box[0], box[1] * box[2])  # (l, kz, y x)
             rows = along_y @ planes.view(rank, nz, box[1], box[2])  # (l, kz, ky, x)
             result[number, :, :, :, coil] = rows.permute(1, 2, 0, 3)
-    return EncodedScene(basis, result, fourier_matrix(readout_points, nx, qx, low[2], high[2]))
+    along_x = fourier_matrix(readout_points, nx, qx, low[2], high[2], point_spread)
+    return EncodedScene(basis, result, along_x)

@@ -64,7 +64,7 @@ def random_sampling(
     calibration: str = "embedded",
     calibration_frame: int = 0,
     calibration_size: tuple[int, int] = (8, 24),
-    power: float = 3.0,
+    power: float = 2.0,
     width: float = 0.3,
     elliptical: bool = False,
 ) -> Sampling:

@@ -24,7 +24,7 @@ from quantitron.gadgets.images import PD_REFERENCE, map_images
 from quantitron.phantoms.acquisition_order import Pass, acquisition_headers, flag, order_passes
 from quantitron.phantoms.anatomy import Anatomy
 from quantitron.phantoms.coils import noise_covariance
-from quantitron.phantoms.encode import encode
+from quantitron.phantoms.encode import POINT_SPREADS, PointSpread, encode
 from quantitron.phantoms.file import read_anatomy
 from quantitron.phantoms.mni import mni_brain
 from quantitron.phantoms.nist import nist_phantom
@@ -95,6 +95,7 @@ def simulate(
     snr: float | None = 30.0,
     seed: int = 0,
     supersampling: int | tuple[int, int, int] = 2,
+    point_spread: PointSpread = "truncation",
     slices: int = 1,
     excitations: int | None = None,
     echo_times: tuple[float, ...] | None = None,
@@ -105,7 +106,7 @@ def simulate(
     state_efficiency: bool = False,
     calibration: str = "embedded",
     calibration_lines: tuple[int, int] = (24, 8),
-    density_power: float = 3.0,
+    density_power: float = 2.0,
     elliptical: bool = False,
     readout_oversampling: float = 2.0,
     b0: float = 40.0,
@@ -129,6 +130,8 @@ def simulate(
         seed: equal seeds give equal files.
         supersampling: fine voxels of the object along the edges of a scan voxel, one number or (x, y, z); 1
             puts the object on the scan's own grid.
+        point_spread: ``truncation`` cuts the object's k-space as a scanner does, ringing included;
+            ``average`` makes each scan voxel the mean of its fine voxels, as published simulations mostly do.
         slices: slices (z = 1) or slabs, contiguous along z.
         excitations: N of ``t2ir_gre``.
         echo_times: TE [s].
@@ -158,6 +161,8 @@ def simulate(
     if isinstance(supersampling, int):
         supersampling = (supersampling, supersampling, supersampling)
     _check(matrix, fov, coils, snr, supersampling, slices, readout_oversampling, inversion_efficiency)
+    if point_spread not in POINT_SPREADS:
+        raise ScanError(f"point spread is '{point_spread}'; it must be one of {', '.join(POINT_SPREADS)}")
     protocol = make_protocol(
         sequence,
         echo_times=echo_times,
@@ -232,7 +237,7 @@ def simulate(
         if noise_lines:
             raw.append(_noise_headers(noise_lines, points), noise.draw(noise_lines, points))
         for lines, head in zip(passes, heads, strict=True):
-            for rows, samples in _pass_samples(scenes[lines.slice], protocol, lines, points):
+            for rows, samples in _pass_samples(scenes[lines.slice], protocol, lines, points, point_spread):
                 if not noise_free:
                     samples += noise.draw(len(samples), points)
                 raw.append(head[rows], samples)
@@ -249,12 +254,12 @@ def simulate(
 
 
 def _pass_samples(
-    scene: Scene, protocol: Protocol, lines: Pass, points: int
+    scene: Scene, protocol: Protocol, lines: Pass, points: int, point_spread: PointSpread
 ) -> Iterator[tuple[slice, NDArray[np.complex64]]]:
     """Noise-free samples (n, c, points) of the lines of a pass, some at a time, in order."""
     contrasts, contrast = np.unique(lines.contrast, return_inverse=True)
     echoes, echo = np.unique(lines.echo, return_inverse=True)
-    encoded = encode(scene, protocol, contrasts.tolist(), echoes.tolist(), points)
+    encoded = encode(scene, protocol, contrasts.tolist(), echoes.tolist(), points, point_spread)
     for start in range(0, len(lines), LINES_AT_ONCE):
         rows = slice(start, min(start + LINES_AT_ONCE, len(lines)))
         index = [

@@ -136,6 +136,38 @@ def test_a_point_gives_the_phase_of_the_contract(matrix):
     assert np.abs(lines - expected).max() < 1e-6
 
 
+@pytest.mark.parametrize("supersampling", [2, (2, 3, 1)])
+def test_averaging_gives_the_mean_of_each_voxel_and_truncation_rings(tmp_path, phantom, supersampling):
+    """Full and noise-free: every coil image is the block mean of the fine images, or only near it."""
+    matrix, fov = (11, 12, 4), (44.0, 48.0, 32.0)
+    q = (supersampling,) * 3 if isinstance(supersampling, int) else supersampling
+    arguments = SHORT["t2ir_gre"] | {"matrix": matrix, "fov": fov, "coils": 2, "snr": None}
+    protocol = make_protocol("t2ir_gre", **SHORT["t2ir_gre"])
+    scene = make_scene(
+        simulation.load_anatomy(phantom), protocol, matrix[::-1], (0.032, 0.048, 0.044), coils=2,
+        supersampling=q[::-1],
+    )  # fmt: skip
+    expected = np.stack(
+        [
+            scene.block_mean(scene.embed(scene.contrast(protocol)[:, w] * scene.echo(protocol, e) * coil))
+            for w in range(protocol.contrasts)
+            for e in range(protocol.echoes)
+            for coil in scene.coils
+        ]
+    )
+    errors = {}
+    for spread in ("average", "truncation"):
+        output = tmp_path / f"{spread}.h5"
+        simulate(
+            sequence="t2ir_gre", output=output, phantom=phantom, supersampling=supersampling,
+            point_spread=spread, **arguments,
+        )  # fmt: skip
+        image = images_of(output)[0].reshape(expected.shape)
+        errors[spread] = np.abs(image - expected).max() / np.abs(expected).max()
+    assert errors["average"] < 1e-5
+    assert errors["truncation"] > 0.02
+
+
 def test_fine_voxels_fill_their_scan_voxel_symmetrically():
     """A scan voxel filled by 2 x 2 x 2 equal fine ones has the phase of its centre and the mean as its DC."""
     matrix = (4, 4, 6)
@@ -520,6 +552,7 @@ def test_susceptibility_makes_the_field(phantom):
         ({"coils": 0}, "coils is 0"),
         ({"snr": 0.0}, "snr is 0"),
         ({"supersampling": 0}, "supersampling is"),
+        ({"point_spread": "gauss"}, "point spread is 'gauss'; it must be one of truncation, average"),
         ({"slices": 0}, "slices is 0"),
         ({"readout_oversampling": 0.5}, "readout_oversampling is 0.5"),
         ({"inversion_efficiency": 1.5}, "inversion_efficiency is 1.5"),
