@@ -102,4 +102,4 @@ def _fit(inside: Tensor, mask: Tensor, problem: Problem) -> Fit:
         ndimage.gaussian_filter(weight, sigma), np.finfo(np.float32).tiny
     )
     given = torch.from_numpy(np.minimum(smooth[mask.numpy()], 1.0).astype(np.float32))
-    return fit(inside, basis, protocol, known={"inversion": given})
+    return fit(inside, basis, protocol, known={"inversion": given}, start=result.parameters)

@@ -7,6 +7,8 @@ import torch
 
 from quantitron.recon.data import Protocol
 from quantitron.recon.match import best_atom, fit
+from quantitron.recon.refine import Refinement
+from quantitron.recon.signal import projected
 from quantitron.recon.signal.models import CONTRAST_PARAMETERS, signal
 from quantitron.recon.temporal_basis import dictionary_basis
 
@@ -103,6 +105,105 @@ def test_standard_deviations_are_those_of_repeated_noise(sequence):
         scatter = result.parameters[name].std()
         predicted = result.standard_deviation[name].median()
         assert float(predicted / scatter) == pytest.approx(1, abs=0.12), name
+
+
+@pytest.mark.parametrize("complex_basis", [False, True])
+@pytest.mark.parametrize("sequence", PROTOCOLS)
+def test_closed_forms_are_the_derivatives_of_the_signal(sequence, complex_basis):
+    protocol = PROTOCOLS[sequence]
+    truth, _, _ = _voxels(protocol, 30)
+    truth = {name: values.double() for name, values in truth.items()}
+    basis = dictionary_basis(protocol, min(3, protocol.contrasts)).contrast.double()
+    if complex_basis:
+        basis = basis * torch.exp(0.7j * torch.arange(basis.numel(), dtype=torch.float64)).view_as(basis)
+    expected, slopes = projected.differentiated(truth, protocol, basis)
+    found, found_slopes = projected.projected_signal(truth, protocol, basis)
+    torch.testing.assert_close(found, expected)
+    assert set(found_slopes) == set(slopes) == set(CONTRAST_PARAMETERS[sequence])
+    for name, slope in slopes.items():
+        torch.testing.assert_close(found_slopes[name], slope, msg=name)
+
+
+@pytest.mark.parametrize("sequence", PROTOCOLS)
+def test_a_sequence_without_a_closed_form_is_fitted_alike(sequence, monkeypatch):
+    protocol = PROTOCOLS[sequence]
+    basis = dictionary_basis(protocol, min(4, protocol.contrasts))
+    _, _, frames = _voxels(protocol, 60)
+    coefficients = _project(frames, basis).to(torch.complex128)
+    with_closed_form = fit(coefficients, basis, protocol)
+    monkeypatch.setattr(projected, "CLOSED_FORMS", {})
+    without = fit(coefficients, basis, protocol)
+    for name, values in without.parameters.items():
+        torch.testing.assert_close(with_closed_form.parameters[name], values, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("sequence", PROTOCOLS)
+def test_normal_equations_are_those_of_the_residual_with_pd_refitted(sequence):
+    """The factored products against automatic differentiation of the whole residual."""
+    protocol = PROTOCOLS[sequence]
+    basis = dictionary_basis(protocol, min(4, protocol.contrasts))
+    psi = basis.contrast.double()
+    truth, _, frames = _voxels(protocol, 3)
+    measured = torch.einsum("vwe,wl->elv", frames.to(torch.complex128), psi.to(torch.complex128))
+    measured = measured + 0.1 * torch.randn(
+        measured.shape, dtype=measured.dtype, generator=torch.Generator().manual_seed(4)
+    )
+    names = [*CONTRAST_PARAMETERS[sequence], "t2star", "b0"]
+    logarithmic = [name in ("t1", "t2", "t2star") for name in names]
+    theta = torch.stack(
+        [
+            truth[n].double().log() if log else truth[n].double()
+            for n, log in zip(names, logarithmic, strict=True)
+        ]
+    )
+    state = Refinement(protocol, psi, frozenset())._evaluate(theta, {}, measured)
+
+    def model(theta):
+        values = {n: row.exp() if log else row for n, row, log in zip(names, theta, logarithmic, strict=True)}
+        frames = signal(values, protocol).unflatten(1, (protocol.contrasts, protocol.echoes))
+        return torch.einsum("vwe,wl->elv", frames, psi.to(torch.complex128))
+
+    def residual(theta):
+        m = model(theta)
+        pd = (m.conj() * measured).sum((0, 1)) / m.abs().square().sum((0, 1))
+        return measured - pd * m
+
+    torch.testing.assert_close(state.cost, residual(theta).abs().square().sum((0, 1)))
+    inner = theta.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(residual(inner).abs().square().sum(), inner)
+    torch.testing.assert_close(state.gradient, -slope / 2)
+    # Kaufman's Jacobian: PD m' with its part along m taken out.
+    jacobian = torch.autograd.functional.jacobian(lambda theta: torch.view_as_real(model(theta)), theta)
+    for voxel in range(3):
+        columns = jacobian[:, :, voxel, :, :, voxel].movedim(2, -1).contiguous()
+        columns = torch.view_as_complex(columns).flatten(0, 1)  # (e l, p)
+        m = model(theta)[:, :, voxel].flatten()
+        columns = state.pd[voxel] * (columns - m[:, None] * (m.conj() @ columns) / m.abs().square().sum())
+        normal = (columns.mH @ columns).real
+        count = len(names) - 2
+        torch.testing.assert_close(normal[:count, :count], state.contrast_normal[:, :, voxel])
+        torch.testing.assert_close(normal[count:, count:], torch.diag(state.echo_normal[:, voxel]))
+        torch.testing.assert_close(
+            normal[:count, count:],
+            torch.zeros(count, 2).double(),
+            rtol=0,
+            atol=1e-9 * float(normal.abs().max()),
+        )
+
+
+def test_steps_may_begin_at_given_parameters_and_keep_what_is_known():
+    protocol = PROTOCOLS["t2ir_gre"]
+    basis = dictionary_basis(protocol, 6)
+    truth, _, frames = _voxels(protocol, 50)
+    coefficients = _project(frames, basis)
+    start = {name: values * 1.1 for name, values in truth.items()}
+    result = fit(coefficients, basis, protocol, start=start, known={"inversion": truth["inversion"]})
+    assert torch.equal(result.parameters["inversion"], truth["inversion"])
+    assert not result.standard_deviation["inversion"].any()
+    for name in ("t1", "t2", "t2star"):
+        torch.testing.assert_close(result.parameters[name], truth[name], rtol=1e-3, atol=1e-5)
+    untouched = fit(coefficients, basis, protocol, start=start, iterations=0)
+    torch.testing.assert_close(untouched.parameters["t1"], start["t1"])
 
 
 def test_no_voxels_and_empty_voxels():

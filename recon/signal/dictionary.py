@@ -46,18 +46,22 @@ def _grid(low: float, high: float, points: int, logarithmic: bool) -> Tensor:
 
 
 def contrast_dictionary(
-    protocol: Protocol, ranges: Mapping[str, tuple[float, float]] | None = None
+    protocol: Protocol,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+    points: Mapping[str, int] | None = None,
 ) -> Dictionary:
     """Dictionary over the contrasts (T1, T2, inversion as far as the sequence depends on them).
 
     Args:
         protocol: the sequence. A known inversion efficiency is used and not varied.
         ranges: name -> (low, high) in place of ``PARAMETER_RANGE``.
+        points: name -> grid points in place of the usual ones.
 
     Returns:
         real atoms (a, w) in double precision.
     """
     bounds = {**PARAMETER_RANGE, **(ranges or {})}
+    counts = {**_CONTRAST_GRID_POINTS, **(points or {})}
     names = CONTRAST_PARAMETERS[protocol.sequence]
     axes = []
     for name in names:
@@ -65,7 +69,7 @@ def contrast_dictionary(
             axes.append(torch.tensor([protocol.inversion_efficiency], dtype=torch.float64))
         else:
             low, high = bounds[name]
-            axes.append(_grid(low, high, _CONTRAST_GRID_POINTS[name], name != "inversion"))
+            axes.append(_grid(low, high, counts[name], name != "inversion"))
     if not names:
         return Dictionary(torch.ones(1, 1, dtype=torch.float64), {})
     mesh = torch.meshgrid(*axes, indexing="ij")

@@ -26,6 +26,17 @@ def flash_steady_state(t1: Tensor, flip_angle: Tensor, repetition_time: float) -
     return torch.sin(flip_angle) * recovery / (1 - (1 - recovery) * torch.cos(flip_angle))
 
 
+def flash_steady_state_slope(t1: Tensor, flip_angle: Tensor, repetition_time: float) -> Tensor:
+    """Derivative of ``flash_steady_state`` by T1 [1/s]: ``-sin(a) (1 - cos(a)) E1' / (1 - E1 cos(a))^2``.
+
+    Arguments as there; ``E1' = E1 TR / T1^2``.
+    """
+    e1 = torch.exp(-repetition_time / t1)
+    cosine = torch.cos(flip_angle)
+    slope = e1 * repetition_time / t1.square()
+    return torch.sin(flip_angle) * (cosine - 1) * slope / (1 - e1 * cosine).square()
+
+
 def echo_signal(t2star: Tensor, b0: Tensor, echo_time: Tensor, phase_sign: int = 1) -> Tensor:
     """Echo train ``exp(-TE / T2*) exp(j phase_sign 2 pi b0 TE)``.
 

@@ -9,13 +9,14 @@ inversion (-1 when perfect, B = -efficiency). The preparation acts on the steady
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from quantitron.recon.data import Protocol
-from quantitron.recon.signal.spoiled_gre import flash_steady_state
+from quantitron.recon.signal.spoiled_gre import flash_steady_state, flash_steady_state_slope
 
 PARAMETERS = ("t1", "t2", "inversion")
 """Tissue parameters that the contrast factor depends on."""
@@ -45,3 +46,51 @@ def contrast_signal(parameters: Mapping[str, Tensor], protocol: Protocol, b1: Te
     decay = decay * torch.cos(flip_angle)[..., None] ** excitation
     signal = 1 + prepared[..., None, :] * decay[..., :, None]  # (..., n, tau)
     return (steady[..., None, None] * signal).flatten(-2)  # (..., w)
+
+
+def projected_signal(
+    parameters: Mapping[str, Tensor], protocol: Protocol, basis: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The contrast factor in a basis, and its derivatives, in closed form.
+
+    The basis is contracted with the excitations first: what remains is over the few preparation times.
+
+    Args:
+        parameters: ``t1``, ``t2`` [s] and ``inversion``, shape (v,).
+        protocol: as in ``contrast_signal``.
+        basis: Psi (w, l).
+
+    Returns:
+        Psi^H f (l, v), and by each parameter its derivative (l, v).
+    """
+    t1, t2, inversion = parameters["t1"], parameters["t2"], parameters["inversion"]
+    repetition_time, columns = protocol.repetition_time[0], basis.shape[1]
+    angle = torch.tensor(protocol.flip_angle[0], dtype=t1.dtype, device=t1.device)
+    tau = torch.tensor(protocol.preparation_time, dtype=t1.dtype, device=t1.device)[:, None]
+    excitation = torch.arange(protocol.excitations, dtype=t1.dtype, device=t1.device)  # (n,)
+    power = math.cos(protocol.flip_angle[0]) ** excitation
+    decay = torch.exp(excitation[:, None] * (-repetition_time / t1)) * power[:, None]  # (n, v)
+    # d/dT1 is decay * n * TR / T1^2: n joins the basis, so that both are products with one array.
+    by_excitation = basis.conj().reshape(protocol.excitations, -1).T  # (tau l, n)
+    both = torch.cat([by_excitation, by_excitation * excitation]) @ decay.to(basis.dtype)
+    shape = (len(tau), columns, len(t1))
+    sums, growth = (part.reshape(shape) for part in both.chunk(2))  # (tau, l, v)
+    preparation = torch.exp(-tau / t2)  # (tau, v)
+    prepared = -inversion * preparation - 1
+
+    def over_tau(factor: Tensor, of: Tensor) -> Tensor:
+        total = factor[0] * of[0]
+        for number in range(1, len(factor)):
+            total = torch.addcmul(total, factor[number].to(of.dtype), of[number])
+        return total
+
+    steady = flash_steady_state(t1, angle, repetition_time)
+    bracket = basis.conj().sum(0)[:, None] + over_tau(prepared, sums)  # (l, v)
+    by_inversion = over_tau(preparation, sums)
+    by_rate = over_tau(preparation * tau, sums)
+    return steady * bracket, {
+        "t1": flash_steady_state_slope(t1, angle, repetition_time) * bracket
+        + (steady * repetition_time / t1.square()) * over_tau(prepared, growth),
+        "t2": (-steady * inversion / t2.square()) * by_rate,
+        "inversion": -steady * by_inversion,
+    }

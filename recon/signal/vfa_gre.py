@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantitron.recon.data import Protocol
-from quantitron.recon.signal.spoiled_gre import flash_steady_state
+from quantitron.recon.signal.spoiled_gre import flash_steady_state, flash_steady_state_slope
 
 PARAMETERS = ("t1",)
 """Tissue parameters that the contrast factor depends on."""
@@ -35,3 +35,24 @@ def contrast_signal(parameters: Mapping[str, Tensor], protocol: Protocol, b1: Te
     if b1 is not None:
         flip_angle = flip_angle * b1[..., None]
     return flash_steady_state(t1[..., None], flip_angle, protocol.repetition_time[0])
+
+
+def projected_signal(
+    parameters: Mapping[str, Tensor], protocol: Protocol, basis: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The contrast factor in a basis, and its derivative, in closed form.
+
+    Args:
+        parameters: ``t1`` [s], shape (v,).
+        protocol: flip angles [rad] and TR [s].
+        basis: Psi (w, l).
+
+    Returns:
+        Psi^H f (l, v), and by each parameter its derivative (l, v).
+    """
+    t1 = parameters["t1"]
+    angle = torch.tensor(protocol.flip_angle, dtype=t1.dtype, device=t1.device)[:, None]
+    projection = basis.mH
+    signal = flash_steady_state(t1, angle, protocol.repetition_time[0])  # (w, v)
+    slope = flash_steady_state_slope(t1, angle, protocol.repetition_time[0])
+    return projection @ signal.to(basis.dtype), {"t1": projection @ slope.to(basis.dtype)}
