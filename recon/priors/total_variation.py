@@ -43,7 +43,34 @@ class JointTotalVariation:
 
     def value(self, u: Tensor) -> float:
         """R(U) for U (x, k, z, y)."""
-        return float((self.weight * self._magnitude(self._scaled_difference(u))).sum())
+        return float((self.weight * self._magnitude(self.operator(u))).sum())
+
+    def operator(self, u: Tensor, out: Tensor | None = None) -> Tensor:
+        """K U: (x, k, z, y) -> (3, x, k, z, y), contiguous; into ``out`` where given."""
+        return self.difference(self._weighted(u), out)
+
+    def adjoint(self, dual: Tensor) -> Tensor:
+        """K^H p: (3, x, k, z, y) -> (x, k, z, y)."""
+        return self._weighted(self.difference.adjoint(dual))
+
+    def norm(self, shape: tuple[int, ...] | torch.Size) -> float:
+        """||K|| for images (x, k, z, y), or a bound on it where components have weights."""
+        largest = 1.0 if self._component_weights is None else float(self._component_weights.max())
+        return largest * self.difference.norm(shape)
+
+    def project(self, dual: Tensor) -> Tensor:
+        """Nearest dual (3, x, k, z, y) with |p| <= weight: the proximal operator of the conjugate penalty.
+
+        The penalty is that of differences, R(U) = penalty(K U).
+        """
+        return self._project(dual.clone(memory_format=torch.contiguous_format))
+
+    def shrink(self, differences: Tensor, step: float) -> Tensor:
+        """Minimiser of ||d' - d||^2 / (2 step) + penalty(d') over d' (3, x, k, z, y): vectors get shorter."""
+        differences = differences.contiguous()
+        threshold = step * self._weight_like(differences)
+        factor = (1 - threshold / self._magnitude(differences)).nan_to_num_(nan=0.0).clamp_min_(0)
+        return torch.view_as_complex(torch.view_as_real(differences) * factor.unsqueeze(-1))
 
     def proximal(
         self,
@@ -67,7 +94,7 @@ class JointTotalVariation:
         """
         u = u.contiguous()
         bound = self._lipschitz(u, step)
-        dual = u.new_zeros((3, *u.shape)) if start is None else self._project(start.clone())
+        dual = u.new_zeros((3, *u.shape)) if start is None else self.project(start)
         image = self._primal(u, step, dual)
         # Four buffers for all iterations: new memory costs more than the arithmetic.
         leading, leading_image = dual.clone(), image
@@ -79,7 +106,7 @@ class JointTotalVariation:
                 if gap <= tolerance * objective:
                     break
             dual, previous = previous, dual
-            self._scaled_difference(leading_image, slope)  # gradient of the dual objective
+            self.operator(leading_image, slope)  # gradient of the dual objective
             self._project(torch.add(leading, slope, alpha=1 / bound, out=dual))
             change = torch.sub(dual, previous, out=previous)
             if _inner(leading.sub_(dual), change) > 0:  # goes back: restart (O'Donoghue and Candes 2015)
@@ -114,29 +141,19 @@ class JointTotalVariation:
         Returns:
             w = weight / sqrt(sum |K U|^2 + epsilon^2), (x, 1, z, y) real; (x, k, z, y) where separable.
         """
-        energy = self._energy(self._scaled_difference(u))
-        weights: Tensor = self.weight * (energy + epsilon**2).rsqrt()
-        return weights
+        energy = self._energy(self.operator(u))
+        return self._weight_like(u) * (energy + epsilon**2).rsqrt()
 
     def precision(self, u: Tensor, weights: Tensor) -> Tensor:
         """K^H w K U: (x, k, z, y) -> (x, k, z, y), for weights of `reweighting`."""
-        return self._scaled_adjoint(weights * self._scaled_difference(u))
+        return self.adjoint(weights * self.operator(u))
 
     def diagonal(self, weights: Tensor) -> Tensor:
         """Diagonal of K^H w K: real, (x, k, z, y) or broadcasting to it."""
         diagonal = self.difference.weighted_diagonal(weights)
         if self._component_weights is None:
             return diagonal
-        return diagonal * self._component_weights.square()
-
-    def _scaled_difference(self, u: Tensor, out: Tensor | None = None) -> Tensor:
-        """K U."""
-        return self.difference(u if self._component_weights is None else self._component_weights * u, out)
-
-    def _scaled_adjoint(self, dual: Tensor) -> Tensor:
-        """K^H p."""
-        u = self.difference.adjoint(dual)
-        return u if self._component_weights is None else self._component_weights * u
+        return diagonal * self._component_weights.square().to(weights.dtype)
 
     def _energy(self, differences: Tensor) -> Tensor:
         """(3, x, k, z, y) -> (x, 1 or k, z, y): squares summed over what shares one square root."""
@@ -152,9 +169,16 @@ class JointTotalVariation:
     def _magnitude(self, differences: Tensor) -> Tensor:
         return self._energy(differences).sqrt_()
 
+    def _weighted(self, u: Tensor) -> Tensor:
+        """c U."""
+        return u if self._component_weights is None else self._component_weights.to(u.real.dtype) * u
+
+    def _weight_like(self, differences: Tensor) -> Tensor:
+        return torch.as_tensor(self.weight, dtype=differences.real.dtype, device=differences.device)
+
     def _project(self, dual: Tensor) -> Tensor:
         """Onto |p| <= weight, in place."""
-        weight = torch.as_tensor(self.weight, dtype=dual.real.dtype, device=dual.device)
+        weight = self._weight_like(dual)
         # Zero over zero where weight and dual vanish: the dual stays zero there.
         factor = (weight / self._magnitude(dual)).nan_to_num_(nan=0.0).clamp_max_(1)
         _real(dual).mul_(factor.repeat_interleave(2, dim=-1))
@@ -162,7 +186,7 @@ class JointTotalVariation:
 
     def _primal(self, u: Tensor, step: float | Tensor, dual: Tensor) -> Tensor:
         """U - step K^H p."""
-        adjoint = self._scaled_adjoint(dual)
+        adjoint = self.adjoint(dual)
         if isinstance(step, Tensor):
             return u - step * adjoint
         return torch.sub(u, adjoint, alpha=step, out=adjoint)
@@ -171,7 +195,7 @@ class JointTotalVariation:
         self, u: Tensor, step: float | Tensor, image: Tensor, dual: Tensor, out: Tensor
     ) -> tuple[float, float]:
         """Duality gap and objective; the gap is sum_r weight |K U| - Re <p, K U>, no term of it negative."""
-        slope = self._scaled_difference(image, out)
+        slope = self.operator(image, out)
         penalty = float((self.weight * self._magnitude(slope)).sum(dtype=torch.float64))
         gap = penalty - _inner(dual, slope)
         distance = torch.view_as_real(image - u).square().sum(-1) / step
