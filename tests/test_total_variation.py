@@ -273,3 +273,12 @@ def test_precision_of_settings_leaves_that_of_images():
     weights = prior.reweighting(u, 0.1)
     assert {image.dtype, dual.dtype, prior.precision(u, weights).dtype} == {torch.complex64}
     assert {weights.dtype, prior.diagonal(weights).dtype} == {torch.float32}
+
+
+def test_gap_in_single_precision_is_that_in_double():
+    """The gap is a small difference of large sums; the tolerance needs it to seven digits of those."""
+    prior, u = JointTotalVariation(0.5, VOXEL), _random(19, (64, 4, 8, 64), torch.complex64)
+    image, dual = prior.proximal(u, 1.0, iterations=40)
+    objective = _objective(prior, image.to(torch.complex128), u.to(torch.complex128), 1.0)
+    exact = prior.duality_gap(u.to(torch.complex128), 1.0, dual.to(torch.complex128))
+    assert prior.duality_gap(u, 1.0, dual) == pytest.approx(exact, abs=1e-7 * objective)

@@ -43,7 +43,8 @@ class JointTotalVariation:
 
     def value(self, u: Tensor) -> float:
         """R(U) for U (x, k, z, y)."""
-        return float((self.weight * self._magnitude(self.operator(u))).sum())
+        penalty = self._weight_like(u) * self._magnitude(self.operator(u))
+        return float(penalty.sum(dtype=torch.float64))
 
     def operator(self, u: Tensor, out: Tensor | None = None) -> Tensor:
         """K U: (x, k, z, y) -> (3, x, k, z, y), contiguous; into ``out`` where given."""
@@ -126,6 +127,7 @@ class JointTotalVariation:
         sum |.|^2 / step, is at most twice the gap.
         """
         u = u.contiguous()
+        dual = dual.contiguous()
         return self._gap(u, step, self._primal(u, step, dual), dual, torch.empty_like(dual))[0]
 
     def reweighting(self, u: Tensor, epsilon: float | Tensor) -> Tensor:
@@ -196,8 +198,9 @@ class JointTotalVariation:
     ) -> tuple[float, float]:
         """Duality gap and objective; the gap is sum_r weight |K U| - Re <p, K U>, no term of it negative."""
         slope = self.operator(image, out)
-        penalty = float((self.weight * self._magnitude(slope)).sum(dtype=torch.float64))
-        gap = penalty - _inner(dual, slope)
+        penalty = float((self._weight_like(slope) * self._magnitude(slope)).sum(dtype=torch.float64))
+        # Summed in double: the gap is a small difference of large sums.
+        gap = penalty - float(_real(slope).mul_(_real(dual)).sum(dtype=torch.float64))
         distance = torch.view_as_real(image - u).square().sum(-1) / step
         return max(gap, 0.0), 0.5 * float(distance.sum(dtype=torch.float64)) + penalty
 
