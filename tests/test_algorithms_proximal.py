@@ -467,6 +467,12 @@ def test_power_iteration_agrees_with_the_norm_of_the_difference():
     assert value == pytest.approx(prior.norm(shape) ** 2, rel=1e-5)
 
 
+def test_power_iteration_of_large_images_in_single_precision():
+    like = torch.zeros(2_000_000, dtype=torch.complex64)
+    value = largest_eigenvalue(lambda x: 3 * x, like, torch.Generator().manual_seed(0), 5, 1e-5)
+    assert value == pytest.approx(3.0, rel=2e-6)
+
+
 def test_power_iteration_of_odd_operators():
     like, generator = torch.zeros(5, dtype=torch.complex64), torch.Generator().manual_seed(0)
     assert largest_eigenvalue(torch.zeros_like, like, generator) == 0
