@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -53,4 +54,4 @@ def largest_eigenvalue(
 
 def _norm(values: Tensor) -> float:
     """||values||, summed in double: torch's norm of millions of single numbers is off by some 1e-3."""
-    return float(values.abs().square().sum(dtype=torch.float64)) ** 0.5
+    return math.sqrt(float(values.abs().square().sum(dtype=torch.float64)))
