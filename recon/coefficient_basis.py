@@ -93,6 +93,40 @@ def coefficient_basis(
     )
 
 
+def learnt_basis(
+    basis: CoefficientBasis, coefficients: Tensor, energy: Tensor, mask: Tensor
+) -> tuple[CoefficientBasis, Tensor]:
+    """Turn the components to the principal axes of the signals that a scan turned out to hold.
+
+    The second moments of coefficients found with the dictionary's variances replace those variances. They are
+    mixed with the dictionary's, which count as ``_DICTIONARY_VOXELS`` voxels a component do, so that a few
+    voxels alone do not decide.
+
+    Args:
+        basis: that the coefficients were found in.
+        coefficients: U (x, k, z, y).
+        energy: (x, z, y) expected signal energy of each voxel.
+        mask: (x, z, y) bool, the voxels that count.
+
+    Returns:
+        The basis with its components turned, and the rotation (k, k): new U = rotation^H @ old U.
+    """
+    inside = coefficients.permute(0, 2, 3, 1)[mask].to(torch.complex128)  # (voxel, k)
+    moments = inside.T @ inside.conj() / energy[mask].double().sum().clamp_min(1e-300)  # E[u u^H]
+    voxels, prior_voxels = len(inside), _DICTIONARY_VOXELS * basis.rank
+    prior = torch.diag(basis.variance.double()).to(moments)
+    moments = (voxels * moments + prior_voxels * prior) / (voxels + prior_voxels)
+    values, vectors = torch.linalg.eigh(moments)
+    values, rotation = values.flip(0), vectors.flip(1)
+    variance = values.clamp_min(float(values[0]) * 1e-9)
+    mixing = (basis.mixing.to(torch.complex128) @ rotation).to(basis.mixing.dtype)
+    return CoefficientBasis(mixing, variance.float(), basis.retained_energy), rotation
+
+
+_DICTIONARY_VOXELS = 2
+"""Voxels a component that the dictionary's variances count as, when they are learnt from a scan."""
+
+
 def _principal_axes(atoms: Tensor) -> tuple[Tensor, Tensor]:
     """Mean squares (n,), descending and of sum 1, and axes (n, n) of normalised atoms (a, n)."""
     atoms = atoms / torch.linalg.vector_norm(atoms, dim=1, keepdim=True)

@@ -91,9 +91,9 @@ def test_nothing_reconstructed_is_an_error():
     ("values", "sentence"),
     [
         ({"solver": "magic"}, "no solver 'magic'; there are subspace"),
-        ({"iteration": "3"}, "unknown property 'iteration'; did you mean 'iterations'"),
-        ({"iterations": "many"}, "property 'iterations' is 'many'"),
-        ({"iterations": "-1"}, "property 'iterations' is"),
+        ({"linear_iteration": "3"}, "unknown property 'linear_iteration'; did you mean 'linear_iterations'"),
+        ({"linear_iterations": "many"}, "property 'linear_iterations' is 'many'"),
+        ({"linear_iterations": "-1"}, "property 'linear_iterations' is"),
         ({"solver": "subspace", "t1_range": "2, 1"}, "t1_range runs from 2 to 1 s"),
         ({"solver": "subspace", "t1_range": "2"}, "property 't1_range' is '2', but must be 2 values"),
         ({"device": "tpu"}, "device 'tpu' is none of"),

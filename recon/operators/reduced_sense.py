@@ -11,6 +11,8 @@ Fourier transforms here are uncentred: maps and sums are rolled once instead of 
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -72,11 +74,22 @@ class ReducedSense(LinearOperator):
         position = coils * echoes * rank * nz * ny * csm.element_size()
         self._batch = max(1, min(nx, working_set // (3 * position)))
 
+    def in_basis(self, mixing: Tensor) -> ReducedSense:
+        """The same scan, coil maps and field in another coefficient basis (e, l, k)."""
+        other = copy(self)
+        other._mixing = mixing.to(self._csm)  # (e, l, k)
+        return other
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Shape (x, k, z, y) of the coefficient images."""
         nx, _, nz, ny = self._csm.shape
         return nx, self._mixing.shape[2], nz, ny
+
+    @property
+    def samples(self) -> int:
+        """Complex samples acquired, over coils and readout."""
+        return self._reduced.samples
 
     @property
     def device(self) -> torch.device:

@@ -90,6 +90,29 @@ class BlockLowRank:
             for region in self._regions(u.shape, shift)
         )
 
+    def reweighting(
+        self, u: Tensor, epsilon: float, shift: tuple[int, int, int] = (0, 0, 0)
+    ) -> BlockPrecision:
+        """W so that 1/2 <V, W V> + const touches R_eps at V = U and lies above it elsewhere.
+
+        R_eps is the sum of weight_b tr (C C^H + epsilon^2 voxels)^(1/2): W = weight_b (C C^H + epsilon^2
+        voxels)^(-1/2) in each block (Mohan and Fazel 2012).
+
+        Args:
+            u: U (x, k, z, y).
+            epsilon: size of coefficients below which they cost their square; above zero.
+            shift: of the tiling.
+        """
+        parts = []
+        for region in self._regions(u.shape, shift):
+            values, vectors = _left_singular(region.blocks_of(u))
+            weights = (
+                self._weight_of(region, u.shape) * (values.square() + epsilon**2 * region.voxels).rsqrt()
+            )
+            matrices = (vectors * weights[..., None, :]) @ vectors.mH  # (blocks, k, k)
+            parts.append((region, matrices.to(u.dtype)))
+        return BlockPrecision(parts)
+
     def _edges(self, shape: torch.Size) -> tuple[int, ...]:
         """Voxels (x, z, y) of a whole block."""
         return tuple(min(edge, shape[axis]) for edge, axis in zip(self.block, _AXES, strict=True))
@@ -109,6 +132,28 @@ class BlockLowRank:
             math.sqrt(shape[1]),
         )
         return self.weight * (voxels + components) / (math.sqrt(whole) + components)
+
+
+class BlockPrecision:
+    """A Hermitian matrix (k, k) for the voxels of each block."""
+
+    def __init__(self, parts: list[tuple[_Region, Tensor]]) -> None:
+        self._parts = parts
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """W U: (x, k, z, y) -> (x, k, z, y)."""
+        result = torch.empty_like(u)
+        for region, matrices in self._parts:
+            region.write(matrices @ region.blocks_of(u), result)
+        return result
+
+    def diagonal(self, u: Tensor) -> Tensor:
+        """Diagonal of W: (x, k, z, y) real, for images like ``u``."""
+        result = torch.empty_like(u.real)
+        for region, matrices in self._parts:
+            values = matrices.diagonal(dim1=1, dim2=2).real[..., None]  # (blocks, k, 1)
+            region.write(values.expand(-1, -1, region.voxels), result)
+        return result
 
 
 _Run = tuple[int, int, int]

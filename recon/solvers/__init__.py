@@ -1,9 +1,12 @@
 """One file a method; SOLVERS lists them all."""
 
+from quantitron.recon.solvers.llr import LocallyLowRank
+from quantitron.recon.solvers.lrt import LowRankTensor
+from quantitron.recon.solvers.lrtv import LowRankTotalVariation
 from quantitron.recon.solvers.solver import Solver
 from quantitron.recon.solvers.subspace import Subspace
 
-__all__ = ["SOLVERS", "Solver", "Subspace"]
+__all__ = ["SOLVERS", "LocallyLowRank", "LowRankTensor", "LowRankTotalVariation", "Solver", "Subspace"]
 
-SOLVERS: tuple[type[Solver], ...] = (Subspace,)
+SOLVERS: tuple[type[Solver], ...] = (Subspace, LocallyLowRank, LowRankTotalVariation, LowRankTensor)
 """Every method that the XML can name."""
