@@ -113,13 +113,13 @@ def resolved(properties: str = "") -> dict[str, dict[str, dict[str, object]]]:
 def test_xml_overrides_the_sequence_section_overrides_all_overrides_defaults(monkeypatch):
     settings_file(
         monkeypatch,
-        "all:\n  reconstruct: {iterations: 11, seed: 3}\nvfa_gre:\n  reconstruct: {iterations: 12}\n",
+        "all:\n  reconstruct: {linear_iterations: 11, seed: 3}\nvfa_gre:\n  reconstruct: {linear_iterations: 12}\n",
     )
-    assert resolved()["megre"]["reconstruct"]["iterations"] == 11
-    assert resolved()["vfa_gre"]["reconstruct"]["iterations"] == 12
+    assert resolved()["megre"]["reconstruct"]["linear_iterations"] == 11
+    assert resolved()["vfa_gre"]["reconstruct"]["linear_iterations"] == 12
     assert resolved()["vfa_gre"]["reconstruct"]["seed"] == 3
-    in_xml = resolved("<property name='iterations' value='13'/>")
-    assert in_xml["vfa_gre"]["reconstruct"]["iterations"] == 13
+    in_xml = resolved("<property name='linear_iterations' value='13'/>")
+    assert in_xml["vfa_gre"]["reconstruct"]["linear_iterations"] == 13
     assert in_xml["vfa_gre"]["reconstruct"]["seed"] == 3
 
 

@@ -55,7 +55,7 @@ def test_wrong_usage_is_exit_code_2(arguments):
 def test_pipelines_lists_settings_for_people_and_programs():
     table = command("pipelines")
     assert table.returncode == 0
-    assert "iterations = " in table.stdout
+    assert "linear_iterations = " in table.stdout
     listed = json.loads(command("pipelines", "--json").stdout)
     assert sorted(listed) == pipeline_names()
     assert listed["subspace"]["vfa_gre"]["reconstruct"]["solver"] == "subspace"

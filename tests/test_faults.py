@@ -215,7 +215,7 @@ def test_the_scan_of_these_tests_can_be_reconstructed(raw, tmp_path):
     ("setting", "words"),
     [
         ("reconstruct.rnak=3", "unknown property 'rnak'; did you mean 'rank'?"),
-        ("reconstruct.iterations=many", "'iterations' is 'many', but must be a whole number"),
+        ("reconstruct.linear_iterations=many", "'linear_iterations' is 'many', but must be a whole number"),
         ("recon.rank=3", "unknown gadget 'recon'; did you mean 'reconstruct'?"),
         ("basis.rank=99", "rank 99 is above"),
         ("reconstruct.rank=99", "rank 99 is above"),

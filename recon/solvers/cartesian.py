@@ -192,22 +192,16 @@ class CartesianSolver(Solver):
     def linear_estimate(self, problem: Problem, progress: Progress) -> LinearEstimate:
         """The three passes."""
         protocol, reduced = problem.protocol, problem.reduced
-        dz, dy, dx = problem.encoding.voxel_size
         noise = 1.0 if problem.noise_known else noise_variance(reduced)
         ranges = {**TISSUE_RANGE, "t1": self.t1_range, "t2": self.t2_range, "t2star": self.t2star_range}
         wide = coefficient_basis(reduced.basis, protocol, self.field_range, self.first_rank, ranges)
         progress("coil maps", 0.0)
         csm = coil_maps(reduced, problem.calibration, wide, noise).to(problem.device)
 
-        def prior(basis: CoefficientBasis, energy: Tensor, regularisation: float) -> GaussianField:
-            expected = basis.variance[:, None, None] * energy.permute(2, 0, 1)[:, None]  # (x, k, z, y)
-            expected = (expected / (regularisation * noise)).to(problem.device)
-            return GaussianField(expected, (dx, dz, dy), self.correlation_length)
-
         progress("first pass", 0.1)
         operator = ReducedSense(reduced, csm, wide.mixing.to(problem.device))
         energy = centre_energy(reduced, wide, noise)  # (z, y, x)
-        expected = prior(wide, energy, self.dictionary_regularisation)
+        expected = self._prior(wide, energy, self.dictionary_regularisation, noise, problem)
         coefficients = self._solve(operator, operator.adjoint_data(), expected, self.first_iterations)
         images = echo_images(coefficients.cpu(), wide)  # (e, l, z, y, x)
         energy = smoothed_energy(images)
@@ -224,21 +218,55 @@ class CartesianSolver(Solver):
             torch.tensor(protocol.echo_time),
             protocol.phase_sign,
         )
+        return self.learnt_estimate(problem, operator, basis, energy, mask, b0, progress)
+
+    def learnt_estimate(
+        self,
+        problem: Problem,
+        operator: ReducedSense,
+        basis: CoefficientBasis,
+        energy: Tensor,
+        mask: Tensor,
+        b0: Tensor,
+        progress: Progress,
+    ) -> LinearEstimate:
+        """Second and third pass: learn the basis from the scan, and estimate in it.
+
+        Args:
+            problem: the slice.
+            operator: in ``basis``, with its coil maps and field.
+            basis: of the dictionary.
+            energy: (z, y, x) expected signal energy.
+            mask: (z, y, x) bool, where there is signal.
+            b0: (z, y, x) [Hz], handed on.
+            progress: told of the passes.
+        """
+        noise = 1.0 if problem.noise_known else noise_variance(problem.reduced)
         data = operator.adjoint_data()
-        expected = prior(basis, energy, self.dictionary_regularisation)
+        prior = self._prior(basis, energy, self.dictionary_regularisation, noise, problem)
         start = None
         if self.learning_iterations:
-            start = self._solve(operator, data, expected, self.learning_iterations)
+            start = self._solve(operator, data, prior, self.learning_iterations)
             energy = smoothed_energy(echo_images(start.cpu(), basis))
             basis, rotation = learnt_basis(basis, start.cpu(), energy.permute(2, 0, 1), mask.permute(2, 0, 1))
             turn = rotation.mH.to(start)  # (new k, k)
             start, data = (torch.einsum("jk,xkzy->xjzy", turn, images) for images in (start, data))
             operator = operator.in_basis(basis.mixing)
-            expected = prior(basis, energy, self.regularisation)
+            prior = self._prior(basis, energy, self.regularisation, noise, problem)
 
         progress("third pass", 0.3)
-        coefficients = self._solve(operator, data, expected, self.linear_iterations, start)
-        return LinearEstimate(operator, data, coefficients, basis, noise, expected, (dx, dz, dy), b0, mask)
+        coefficients = self._solve(operator, data, prior, self.linear_iterations, start)
+        dz, dy, dx = problem.encoding.voxel_size
+        return LinearEstimate(operator, data, coefficients, basis, noise, prior, (dx, dz, dy), b0, mask)
+
+    def _prior(
+        self, basis: CoefficientBasis, energy: Tensor, regularisation: float, noise: float, problem: Problem
+    ) -> GaussianField:
+        """What is expected of U, in units of the noise, from the energy (z, y, x) of each voxel."""
+        dz, dy, dx = problem.encoding.voxel_size
+        expected = basis.variance[:, None, None] * energy.permute(2, 0, 1)[:, None]  # (x, k, z, y)
+        expected = (expected / (regularisation * noise)).to(problem.device)
+        return GaussianField(expected, (dx, dz, dy), self.correlation_length)
 
     def _solve(
         self,
