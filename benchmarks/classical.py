@@ -1,0 +1,346 @@
+"""The classical solvers side by side: accuracy, against BART and SigPy, and what they cost.
+
+    python benchmarks/classical.py accuracy delics_vol00.npz delics_vol03.npz [--folder DIR] [--json FILE]
+    python benchmarks/classical.py peers delics_vol00.npz
+    python benchmarks/classical.py cost
+
+accuracy: scans of the MNI brain and of real in-vivo maps (Deli-CS volumes, benchmarks/invivo.py), SNR 30, the
+object twice finer than the scan and averaged over each scan voxel, replayed through every pipeline as it
+ships. Seconds are those of the whole replay, from raw file to maps.
+
+peers: one vfa_gre scan, the same lines, coil maps and basis for all (one that spans the whole field: no
+peer can take a field map). Every method at its best weight of the same grid search, scored by the mean NRMSE
+of T1 and T2*. Needs the program ``bart`` for that part.
+
+cost: seconds of the solvers on random problems, one size doubled at a time, with the exponent of the growth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fair_comparison import best_weight, seconds_to_reach
+from invivo import phantom
+from peers_bart import Pics, Shuffle, bart_available, bart_version
+from peers_sigpy import SigpyProblem
+from scan_problem import load
+from torch import Tensor
+
+from quantitron.gadgets.image_file import read_images
+from quantitron.host.compare import compare
+from quantitron.host.replay import replay
+from quantitron.phantoms.simulate import simulate
+from quantitron.recon.coefficient_basis import CoefficientBasis, coefficient_basis, echo_images
+from quantitron.recon.coils import coil_maps
+from quantitron.recon.data import Basis, Encoding, Problem, Protocol, ReducedKSpace
+from quantitron.recon.field_map import field_map
+from quantitron.recon.masks import signal_mask
+from quantitron.recon.metrics import CAPS, nrmse
+from quantitron.recon.operators.reduced_sense import ReducedSense
+from quantitron.recon.operators.subspace import off_resonance_phase
+from quantitron.recon.parameter_maps import parameter_maps
+from quantitron.recon.signal_energy import centre_energy
+from quantitron.recon.solvers import SOLVERS, LocallyLowRank, LowRankTotalVariation
+from quantitron.recon.solvers.cartesian import CartesianSolver
+
+VFA = {"sequence": "vfa_gre", "matrix": (112, 112, 16), "fov": (224.0, 224.0, 32.0), "coils": 8}
+T2IR = {
+    "sequence": "t2ir_gre",
+    "matrix": (96, 96, 12),
+    "fov": (192.0, 192.0, 24.0),
+    "coils": 10,
+    "excitations": 40,
+}
+SCANS = [(VFA, 12.0), (VFA, 27.0), (T2IR, 80.0), (T2IR, 160.0)]
+PIPELINES = tuple(kind.name for kind in SOLVERS)
+ROLES = ("T1", "T2", "T2STAR")
+
+
+def quiet(doing: str, share: float) -> None:
+    """Progress that nobody sees."""
+    del doing, share
+
+
+def say(text: str = "") -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def accuracy(
+    sources: Iterable[Path], folder: Path, pipelines: Iterable[str], spread: str
+) -> list[dict[str, Any]]:
+    """NRMSE of every pipeline on every scan of every object."""
+    objects: dict[str, Any] = {"mni": "mni"}
+    for source in sources:
+        objects[source.stem] = folder / f"{source.stem}.npz"
+        np.savez(objects[source.stem], **phantom(source))
+    say(
+        f"{'NRMSE %':34s} {'pipeline':9s} {'T1':>6s} {'T2':>6s} {'T2*':>6s}   "
+        f"{'MAPE WM+GM / 2 %':18s} seconds"
+    )
+    rows = []
+    for name, anatomy in objects.items():
+        for scan, acceleration in SCANS:
+            raw, maps = folder / "raw.h5", folder / "maps.h5"
+            simulate(
+                **{**scan, "phantom": anatomy, "snr": 30.0, "seed": 1, "acceleration": acceleration},
+                point_spread=spread,
+                output=raw,
+                overwrite=True,
+            )
+            for pipeline in pipelines:
+                start = time.perf_counter()
+                replay(raw, pipeline, maps, overwrite=True)
+                seconds = time.perf_counter() - start
+                found = compare(maps, raw)["maps"]
+                case = f"{name} {scan['sequence']} R {acceleration:g}"
+                rows.append({"case": case, "pipeline": pipeline, "seconds": seconds, "maps": found})
+                cells = " ".join(
+                    f"{100 * found[role]['nrmse']:6.1f}" if role in found else " " * 6 for role in ROLES
+                )
+                tissue = " / ".join(
+                    f"{50 * (found[role]['mape_wm'] + found[role]['mape_gm']):.1f}"
+                    for role in ROLES
+                    if role in found
+                )
+                say(f"{case:34s} {pipeline:9s} {cells}   {tissue:18s} {seconds:7.1f}")
+    return rows
+
+
+class PeerProblem:
+    """A vfa_gre scan in a basis that spans the field, for solvers that know no field map."""
+
+    def __init__(self, raw: Path) -> None:
+        self.problem: Problem = load(raw)
+        protocol, reduced = self.problem.protocol, self.problem.reduced
+        self.wide: CoefficientBasis = coefficient_basis(reduced.basis, protocol, 60.0, 0.999)
+        self.csm = coil_maps(reduced, self.problem.calibration, self.wide, 1.0)
+        psi = reduced.basis.contrast.to(torch.complex64)  # (w, l)
+        self.phi = torch.einsum("wl,elk->wek", psi, self.wide.mixing).flatten(0, 1)  # (t, k)
+        self.truth = {
+            image.meta["GADGETRON_DataRole"]: np.nan_to_num(image.data[0].astype(np.float64))
+            for image in read_images(raw, "truth")
+        }
+
+    def errors(self, coefficients: Tensor, basis: CoefficientBasis | None = None) -> dict[str, float]:
+        """NRMSE of T1 and T2* of coefficient images (x, k, z, y), the field found in them."""
+        protocol = self.problem.protocol
+        images = echo_images(coefficients, basis or self.wide)  # (e, l, z, y, x)
+        mask = signal_mask(images.abs().square().sum((0, 1)).sqrt(), 0.05)
+        b0 = field_map(images, protocol, mask)
+        phase = off_resonance_phase(b0[None], torch.tensor(protocol.echo_time), protocol.phase_sign)[0]
+        found = parameter_maps(
+            images * phase[:, None].conj(),
+            b0,
+            self.problem,
+            mask_threshold=0.05,
+            rank=self.wide.rank,
+            retained_energy=self.wide.retained_energy,
+            residual_to_noise=float("nan"),
+            standard_deviations=False,
+        )
+        inside = self.truth["MASK"] > 0
+        return {
+            name: nrmse(found.values[name][0].numpy(), self.truth[role] / 1e3, inside, CAPS[name])
+            for name, role in (("t1", "T1"), ("t2star", "T2STAR"))
+        }
+
+    def score(self, coefficients: Tensor, basis: CoefficientBasis | None = None) -> float:
+        """Mean of the errors."""
+        return sum(self.errors(coefficients, basis).values()) / 2
+
+    def solve(self, solver: CartesianSolver) -> tuple[tuple[Tensor, CoefficientBasis], float]:
+        """Our solver on the same lines, coil maps and basis, all its passes included."""
+        start = time.perf_counter()
+        problem = self.problem
+        energy = centre_energy(problem.reduced, self.wide, 1.0)
+        operator = ReducedSense(problem.reduced, self.csm, self.wide.mixing)
+        nothing = torch.zeros_like(energy)
+        mask = signal_mask(energy.sqrt(), solver.mask_threshold)
+        estimate = solver.learnt_estimate(problem, operator, self.wide, energy, mask, nothing, quiet)
+        coefficients = solver.refine(estimate, problem.seed, quiet)
+        return (coefficients, estimate.basis), time.perf_counter() - start
+
+
+def peers(source: Path, folder: Path, acceleration: float, threads: int) -> list[dict[str, Any]]:
+    """Best weight of each method, its error and time; then time at equal error."""
+    anatomy, raw = folder / "phantom.npz", folder / "raw.h5"
+    np.savez(anatomy, **phantom(source))
+    simulate(
+        **{**VFA, "phantom": anatomy, "snr": 30.0, "seed": 1, "acceleration": acceleration},
+        point_spread="average",
+        output=raw,
+        overwrite=True,
+    )
+    scan = PeerProblem(raw)
+    lines = scan.problem.kspace
+    assert lines is not None
+    say(
+        f"vfa_gre 112x112x16 R {acceleration:g}, rank {scan.wide.rank}, {threads} threads; "
+        "error: mean NRMSE of T1 and T2*"
+    )
+    rows: list[dict[str, Any]] = []
+    iterations = 100
+
+    def report(method: str, weight: float, error: float, seconds: float) -> None:
+        rows.append({"method": method, "weight": weight, "score": error, "seconds": seconds})
+        say(f"{method:44s} weight {weight:9.4g}  error {100 * error:6.2f} %  {seconds:7.1f} s")
+
+    ours: dict[str, float] = {}
+    kinds: list[tuple[str, str, type[CartesianSolver], str, tuple[float, ...]]] = [
+        ("L", "llr", LocallyLowRank, "weight", (0.1, 0.3, 0.9)),
+        ("T", "lrtv", LowRankTotalVariation, "weight", (0.1, 0.2, 0.4)),
+    ]
+    for kind, name, solver, setting, weights in kinds:
+        weight, error, seconds = best_weight(
+            lambda w, solver=solver, setting=setting: scan.solve(solver(**{setting: w})),
+            weights,
+            lambda found: scan.score(*found),
+        )
+        ours[kind] = error
+        report(f"quantitron {name}", weight, error, seconds)
+    if bart_available():
+        say(f"BART {bart_version()}")
+        for program in (Shuffle, Pics):
+            with program(lines, scan.csm, scan.phi, folder) as bart:
+                for kind in ("L", "T", "TJ"):
+                    weight, error, seconds = best_weight(
+                        lambda w, kind=kind: bart(kind, w, iterations),
+                        (0.3, 1.0, 3.0)
+                        if program is Shuffle
+                        else (rows[-3]["weight"] / 1.5, rows[-3]["weight"] * 1.5),
+                        scan.score,
+                    )
+                    report(
+                        f"BART {program.__name__} -R {kind}, {iterations} iterations", weight, error, seconds
+                    )
+                    reached = seconds_to_reach(
+                        lambda n, kind=kind, weight=weight: bart(kind, weight, n),
+                        scan.score,
+                        error * 1.005,
+                        (10, 20, 40, 70),
+                    )
+                    if reached:
+                        say(f"    the same error after {reached[0]} iterations, {reached[1]:.1f} s")
+    sigpy_scan = SigpyProblem(lines, scan.csm, scan.phi)
+    weight, error, seconds = best_weight(lambda w: sigpy_scan("T", w, 100), (1.0, 3.0), scan.score)
+    report("SigPy LinearLeastSquares, TV, 100 iterations", weight, error, seconds)
+    return rows
+
+
+def random_problem(
+    nx: int, ny: int, nz: int, coils: int, excitations: int, rank: int
+) -> tuple[Problem, Tensor]:
+    """A t2ir_gre problem whose sums are those of noise: what is in it does not change the cost."""
+    protocol = Protocol(
+        "t2ir_gre",
+        echo_time=(4.5e-3, 11.2e-3, 17.9e-3, 24.6e-3),
+        repetition_time=(30e-3,),
+        flip_angle=(math.radians(10),),
+        preparation_time=(25e-3, 50e-3, 70e-3, 90e-3),
+        excitations=excitations,
+        inversion_efficiency=1.0,
+        field_strength=3.0,
+    )
+    generator = torch.Generator().manual_seed(0)
+    contrast = torch.linalg.qr(torch.randn(protocol.contrasts, rank, generator=generator)).Q
+    basis = Basis(contrast, 10.0 ** -torch.arange(rank), 1.0, "navigator")
+    root = torch.randn(1, 4, nz, ny, rank, rank, generator=generator) / rank**0.5
+    reduced = ReducedKSpace(
+        gram=root @ root.mT,
+        projected=torch.randn(1, 4, nz, ny, rank, coils, nx, generator=generator, dtype=torch.complex64),
+        count=torch.ones(1, 4, nz, ny),
+        energy=1.0,
+        samples=4 * nz * ny * coils * nx,
+        basis=basis,
+    )
+    grid = (nz, ny, nx)
+    encoding = Encoding(grid, (nz * 2e-3, ny * 2e-3, nx * 2e-3), grid, 1, coils)
+    csm = torch.randn(nx, coils, nz, ny, generator=generator, dtype=torch.complex64)
+    return Problem(encoding, protocol, reduced), csm / csm.norm(dim=1, keepdim=True)
+
+
+COST = {
+    "readout positions": ({"nx": n} for n in (16, 32, 64)),
+    "phase encodes": ({"ny": n} for n in (32, 64, 128)),
+    "coils": ({"coils": n} for n in (4, 8, 16)),
+    "contrast rank": ({"rank": n} for n in (4, 8, 16)),
+    "frames T": ({"excitations": n} for n in (20, 40, 80)),
+}
+BASE = {"nx": 32, "ny": 64, "nz": 12, "coils": 8, "excitations": 40, "rank": 6}
+
+
+def cost() -> list[dict[str, Any]]:
+    """Seconds of each solver, best of two, without coil maps, field and fit."""
+    rows = []
+    say(f"base: {BASE}, 4 echoes, 9 coefficient images")
+    for axis, sizes in COST.items():
+        found: dict[str, list[tuple[float, float]]] = {}
+        for change in sizes:
+            ((setting, size),) = change.items()
+            problem, csm = random_problem(**{**BASE, **change})
+            wide = coefficient_basis(problem.reduced.basis, problem.protocol, 3.0, 9)
+            energy = torch.ones(problem.encoding.matrix)
+            for kind in SOLVERS:
+                if not issubclass(kind, CartesianSolver):
+                    continue
+                solver = kind(tolerance=0.0)
+                seconds = math.inf
+                for _ in range(2):
+                    start = time.perf_counter()
+                    operator = ReducedSense(problem.reduced, csm, wide.mixing)
+                    estimate = solver.learnt_estimate(
+                        problem, operator, wide, energy, energy > 0, 0 * energy, quiet
+                    )
+                    solver.refine(estimate, 0, quiet)
+                    seconds = min(seconds, time.perf_counter() - start)
+                count = problem.protocol.frames if setting == "excitations" else size
+                found.setdefault(kind.name, []).append((count, seconds))
+        for name, points in found.items():
+            slope = np.polyfit(*(np.log(np.array(part)) for part in zip(*points, strict=True)), 1)[0]
+            rows.append({"axis": axis, "pipeline": name, "points": points, "exponent": float(slope)})
+            cells = ", ".join(f"{count:g}: {seconds:.2f} s" for count, seconds in points)
+            say(f"{axis:18s} {name:9s} {cells:42s} growth ^{slope:.2f}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    say(f"peak memory of the whole run {peak:.0f} MiB")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("accuracy", "peers", "cost"))
+    parser.add_argument("sources", type=Path, nargs="*", help="delics_volXX.npz")
+    parser.add_argument("--pipelines", default=",".join(PIPELINES))
+    parser.add_argument("--point-spread", default="average", choices=("average", "truncation"))
+    parser.add_argument("-R", "--acceleration", type=float, default=12.0, help="of the scan for peers")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--folder", type=Path, help="for the raw files; a temporary folder where absent")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        if arguments.what == "accuracy":
+            rows = accuracy(arguments.sources, folder, arguments.pipelines.split(","), arguments.point_spread)
+        elif arguments.what == "peers":
+            rows = peers(arguments.sources[0], folder, arguments.acceleration, arguments.threads)
+        else:
+            rows = cost()
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
