@@ -273,13 +273,13 @@ def random_problem(
 
 
 COST = {
-    "readout positions": ({"nx": n} for n in (16, 32, 64)),
-    "phase encodes": ({"ny": n} for n in (32, 64, 128)),
-    "coils": ({"coils": n} for n in (4, 8, 16)),
-    "contrast rank": ({"rank": n} for n in (4, 8, 16)),
+    "readout positions": ({"nx": n} for n in (8, 16, 32)),
+    "phase encodes": ({"ny": n} for n in (24, 48, 96)),
+    "coils": ({"coils": n} for n in (3, 6, 12)),
+    "contrast rank": ({"rank": n} for n in (3, 6, 12)),
     "frames T": ({"excitations": n} for n in (20, 40, 80)),
 }
-BASE = {"nx": 32, "ny": 64, "nz": 12, "coils": 8, "excitations": 40, "rank": 6}
+BASE = {"nx": 16, "ny": 48, "nz": 8, "coils": 6, "excitations": 40, "rank": 6}
 
 
 def cost() -> list[dict[str, Any]]:

@@ -60,9 +60,13 @@ class ReducedSense(LinearOperator):
             raise ValueError("an off-resonance map needs the echo times")
         self._csm = torch.fft.ifftshift(csm, dim=_AXES)
         self._dtype = csm.dtype
-        self._mixing = mixing.to(self._dtype)  # (e, l, k)
+        # Only as many contrast components as the coefficients can reach are transformed and summed over.
+        self._span = _reachable(mixing).to(csm.device)  # (l, r)
+        self._mixing = self._within_span(mixing)  # (e, r, k)
         gram = torch.fft.ifftshift(reduced.gram[0], dim=(1, 2)).to(csm.device)  # (e, z, y, l, l)
-        self._gram = gram.permute(0, 3, 4, 1, 2).contiguous()  # (e, l, l, z, y)
+        span = self._span.to(gram.dtype)
+        gram = span.mH @ gram @ span  # (e, z, y, r, r)
+        self._gram = gram.permute(0, 3, 4, 1, 2).contiguous()  # (e, r, r, z, y)
         self._gram_is_real = not self._gram.is_complex()
         self._reduced = reduced
         self._phase = None
@@ -70,15 +74,28 @@ class ReducedSense(LinearOperator):
             phase = off_resonance_phase(b0, echo_time, phase_sign).to(self._dtype)  # (x, e, z, y)
             self._phase = torch.fft.ifftshift(phase, dim=_AXES)
         nx, coils, nz, ny = csm.shape
-        echoes, rank, _ = mixing.shape
+        echoes, rank, _ = self._mixing.shape
         position = coils * echoes * rank * nz * ny * csm.element_size()
         self._batch = max(1, min(nx, working_set // (3 * position)))
 
     def in_basis(self, mixing: Tensor) -> ReducedSense:
-        """The same scan, coil maps and field in another coefficient basis (e, l, k)."""
+        """The same scan, coil maps and field in another basis (e, l, k) of coefficients.
+
+        Raises:
+            ValueError: if it reaches contrast components that this one does not.
+        """
         other = copy(self)
-        other._mixing = mixing.to(self._csm)  # (e, l, k)
+        other._mixing = self._within_span(mixing)
         return other
+
+    def _within_span(self, mixing: Tensor) -> Tensor:
+        """(e, l, k) -> (e, r, k)."""
+        span = self._span.to(self._dtype)
+        mixing = mixing.to(span)
+        inside = span.mH @ mixing
+        if (span @ inside - mixing).abs().max() > 1e-4 * mixing.abs().max():
+            raise ValueError("the coefficients reach contrast components that the operator was not made for")
+        return inside
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -104,10 +121,10 @@ class ReducedSense(LinearOperator):
         return diagonal
 
     def _echo_images(self, part: slice, coefficients: Tensor) -> Tensor:
-        """(x, k, z, y) -> (x, e, l, z, y), off-resonance included."""
+        """(x, k, z, y) -> (x, e, r, z, y), off-resonance included."""
         echoes, rank, _ = self._mixing.shape
         nx, _, nz, ny = coefficients.shape
-        images = self._mixing.flatten(0, 1) @ coefficients.flatten(2)  # (x, e*l, z*y)
+        images = self._mixing.flatten(0, 1) @ coefficients.flatten(2)  # (x, e*r, z*y)
         images = images.reshape(nx, echoes, rank, nz, ny)
         return images if self._phase is None else images * self._phase[part, :, None]
 
@@ -120,21 +137,17 @@ class ReducedSense(LinearOperator):
         return mixed.reshape(nx, -1, nz, ny)
 
     def _apply_gram(self, spectrum: Tensor) -> Tensor:
-        """G at every k-space point: (x, c, e, l, z, y) -> the same."""
+        """G at every k-space point: (x, c, e, r, z, y) -> the same."""
         rank = spectrum.shape[3]
         if self._gram_is_real:
-            pairs = torch.view_as_real(spectrum)  # (x, c, e, l, z, y, 2)
-            rows = [
-                sum(
-                    (
-                        self._gram[:, row, column, ..., None] * pairs[:, :, :, column]
-                        for column in range(1, rank)
-                    ),
-                    start=self._gram[:, row, 0, ..., None] * pairs[:, :, :, 0],
-                )
-                for row in range(rank)
-            ]
-            return torch.view_as_complex(torch.stack(rows, dim=3))
+            pairs = torch.view_as_real(spectrum)  # (x, c, e, r, z, y, 2)
+            result = torch.empty_like(pairs)
+            for row in range(rank):
+                total = result[:, :, :, row]
+                torch.mul(self._gram[:, row, 0, ..., None], pairs[:, :, :, 0], out=total)
+                for column in range(1, rank):
+                    total.addcmul_(self._gram[:, row, column, ..., None], pairs[:, :, :, column])
+            return torch.view_as_complex(result)
         return torch.einsum("elmzy,xcemzy->xcelzy", self._gram, spectrum)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,9 +156,9 @@ class ReducedSense(LinearOperator):
         result = torch.empty_like(rolled)
         for start in range(0, rolled.shape[0], self._batch):
             part = slice(start, start + self._batch)
-            images = self._echo_images(part, rolled[part])  # (x, e, l, z, y)
+            images = self._echo_images(part, rolled[part])  # (x, e, r, z, y)
             csm = self._csm[part, :, None, None]  # (x, c, 1, 1, z, y)
-            spectrum = torch.fft.fft2(images[:, None] * csm, norm="ortho")  # (x, c, e, l, z, y)
+            spectrum = torch.fft.fft2(images[:, None] * csm, norm="ortho")  # (x, c, e, r, z, y)
             coil_images = torch.fft.ifft2(self._apply_gram(spectrum), norm="ortho")
             result[part] = self._coefficients(part, (coil_images * csm.conj()).sum(1))
         image: Tensor = torch.fft.fftshift(result, dim=_AXES)
@@ -158,10 +171,12 @@ class ReducedSense(LinearOperator):
     def adjoint_data(self) -> Tensor:
         """A^H s from the sums b: (x, k, z, y)."""
         projected = self._reduced.projected[0]  # (e, z, y, l, c, x)
+        span = self._span.to(self._dtype)
         result = self._csm.new_zeros(self.shape)
         for start in range(0, self._csm.shape[0], self._batch):
             part = slice(start, start + self._batch)
-            spectrum = projected[..., part].permute(5, 4, 0, 3, 1, 2).to(self._csm)  # (x, c, e, l, z, y)
+            lines = projected[..., part].to(self._csm)
+            spectrum = torch.einsum("lr,ezylcx->xcerzy", span.conj(), lines)
             spectrum = torch.fft.ifftshift(spectrum, dim=_AXES)
             coil_images = torch.fft.ifft2(spectrum, norm="ortho")
             csm = self._csm[part, :, None, None]
@@ -183,3 +198,14 @@ class ReducedSense(LinearOperator):
         quadratic = torch.vdot(image.flatten(), self.forward(coefficients).to(image).flatten()).real
         linear = torch.vdot(image.flatten(), adjoint_data.to(image).flatten()).real
         return float(quadratic - 2 * linear) + self._reduced.energy
+
+
+def _reachable(mixing: Tensor) -> Tensor:
+    """Orthonormal basis (l, r), real, of the contrast components that coefficients reach at any echo.
+
+    Real, so that a real G stays real: the components of a real contrast basis are combinations of real ones.
+    """
+    parts = torch.cat([mixing.real, mixing.imag], -1) if mixing.is_complex() else mixing
+    vectors, values, _ = torch.linalg.svd(parts.permute(1, 0, 2).flatten(1), full_matrices=False)
+    reached: Tensor = vectors[:, : int((values > 1e-5 * values[0]).sum())]
+    return reached.contiguous()

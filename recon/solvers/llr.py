@@ -40,19 +40,21 @@ class LocallyLowRank(CartesianSolver):
 
     name: ClassVar[str] = "llr"
 
-    weight: float = field(default=0.3, metadata={"above": 0})
+    linear_iterations: int = field(default=4, metadata={"minimum": 1})
+    """Conjugate gradient steps of the third pass: only a start is wanted here."""
+    weight: float = field(default=0.25, metadata={"above": 0})
     """Threshold of the singular values, in units of the largest one of pure noise."""
-    block: int = field(default=4, metadata={"minimum": 1})
+    block: int = field(default=3, metadata={"minimum": 1})
     """Edge of a block [voxels]."""
-    field_share: float = field(default=0.5, metadata={"minimum": 0})
+    field_share: float = field(default=0.4, metadata={"minimum": 0})
     """Share of the linear estimate's prior that is kept; 0 is locally low rank alone."""
     random_shifts: bool = True
     """Whether the blocks move from round to round."""
     algorithm: str = field(default="reweighted", metadata={"choices": ("reweighted", "fista")})
     """How the objective is minimised."""
-    rounds: int = field(default=4, metadata={"minimum": 1})
+    rounds: int = field(default=3, metadata={"minimum": 1})
     """Quadratic problems of ``reweighted``."""
-    iterations: int = field(default=6, metadata={"minimum": 1})
+    iterations: int = field(default=5, metadata={"minimum": 1})
     """Conjugate gradient steps in each of them."""
     smoothing: float = field(default=0.3, metadata={"above": 0})
     """Singular values below this share of the noise's cost their square; ``reweighted`` only."""

@@ -33,6 +33,8 @@ class LowRankTensor(CartesianSolver):
 
     name: ClassVar[str] = "lrt"
 
+    linear_iterations: int = field(default=4, metadata={"minimum": 1})
+    """Conjugate gradient steps of the third pass: only a start is wanted here."""
     total_variation: float = field(default=0.15, metadata={"above": 0})
     """Factor on total variation, whose scale follows from the noise and the edges of the scan."""
     weight: float = field(default=0.1, metadata={"above": 0})
@@ -41,7 +43,7 @@ class LowRankTensor(CartesianSolver):
     """Edge of a block [voxels]."""
     tensor_rank: int | float = field(default=0.999999, metadata={"above": 0})
     """Length of the core along contrast and echo: a number, or the share of the energy to keep along each."""
-    rounds: int = field(default=8, metadata={"minimum": 1})
+    rounds: int = field(default=6, metadata={"minimum": 1})
     """Rounds of the splitting."""
     iterations: int = field(default=3, metadata={"minimum": 1})
     """Conjugate gradient steps in each of them."""

@@ -43,13 +43,15 @@ class LowRankTotalVariation(CartesianSolver):
 
     name: ClassVar[str] = "lrtv"
 
+    linear_iterations: int = field(default=4, metadata={"minimum": 1})
+    """Conjugate gradient steps of the third pass: only a start is wanted here."""
     weight: float = field(default=0.2, metadata={"above": 0})
     """Factor on total variation, whose scale follows from the noise and the edges of the scan."""
     algorithm: str = field(default="reweighted", metadata={"choices": ("reweighted", "admm", "primal_dual")})
     """How the objective is minimised."""
-    rounds: int = field(default=3, metadata={"minimum": 1})
+    rounds: int = field(default=2, metadata={"minimum": 1})
     """Quadratic problems of ``reweighted`` and ``admm``; the latter wants five times as many."""
-    iterations: int = field(default=8, metadata={"minimum": 1})
+    iterations: int = field(default=7, metadata={"minimum": 1})
     """Conjugate gradient steps in each of them."""
     smoothing: float = field(default=0.1, metadata={"above": 0})
     """Share of the typical difference below which differences cost their square."""
