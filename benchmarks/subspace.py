@@ -6,7 +6,7 @@ DELICS.npz holds the maps of a Deli-CS volunteer (benchmarks/invivo.py makes the
 is twice finer than the scan. Each scan is simulated, replayed and compared as a user would do it; the time is
 that of the whole replay, from raw file to maps. Rows with limits average the object over each scan voxel
 (partial volume alone, as in the study that the limits come from: its perfect scan is off by 7 % in T2); the
-last rows cut k-space off as a scanner does, ringing included, where a perfect scan is off by 10 %. Before them
+last rows cut k-space off as a scanner does, ringing included (10 % for a perfect scan). Before them
 come noise-free, fully sampled scans of the MNI brain with the truth on the scan's own grid, which should
 return it.
 """

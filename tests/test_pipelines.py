@@ -77,7 +77,7 @@ LIMITS = {
     # T2* 13.4 / 12.4 / 12.3 / 12.2
     "megre": {"T2STAR": 0.17, "PD": 0.05},
 }
-"""Largest NRMSE of each map of a brain, over white and grey matter and fluid."""
+"""Largest NRMSE of each map of the brain."""
 
 
 @pytest.mark.parametrize("sequence", SCANS)
