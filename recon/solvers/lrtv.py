@@ -74,7 +74,8 @@ class LowRankTotalVariation(CartesianSolver):
     ) -> Tensor:
         operator, u = estimate.operator, estimate.coefficients
         # The typical length of a difference: every component and direction adds 1 to its square.
-        typical = float((3 - list(u.shape[:1] + u.shape[2:]).count(1)) * u.shape[1]) ** 0.5
+        axes = sum(n > 1 for n in (u.shape[0], *u.shape[2:]))
+        typical = float(max(axes, 1) * u.shape[1]) ** 0.5
         for number in range(self.rounds):
             progress("total variation", number / self.rounds)
             weights = penalty.reweighting(u, self.smoothing * typical)
