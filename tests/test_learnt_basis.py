@@ -174,11 +174,10 @@ def test_an_operator_in_another_basis_is_one_built_anew(basis):
     fewer = operator.in_basis(mixing[..., :3])
     assert fewer.shape == (nx, 3, nz, ny)
     torch.testing.assert_close(fewer.adjoint_data(), anew.adjoint_data()[:, :3], rtol=0, atol=1e-4)
-    # One that is made for two contrast components alone computes the same in them, and refuses the others.
-    two = torch.einsum("lr,erk->elk", torch.linalg.qr(_random(8, 4, 2).real)[0].to(mixing), mixing[:, :2])
-    narrow = ReducedSense(reduced, csm, two, b0, torch.tensor(VFA.echo_time))
-    wide = operator.in_basis(two)
-    for one, same in ((narrow(u), wide(u)), (narrow.adjoint_data(), wide.adjoint_data())):
-        torch.testing.assert_close(one, same, rtol=0, atol=2e-5 * float(same.abs().max()))
+    # One that is made for a single contrast component computes the same in it, and refuses the others.
+    few = basis.mixing[..., :1]
+    narrow, wide = ReducedSense(reduced, csm, few, b0, torch.tensor(VFA.echo_time)), operator.in_basis(few)
+    for one, two in ((narrow(u[:, :1]), wide(u[:, :1])), (narrow.adjoint_data(), wide.adjoint_data())):
+        torch.testing.assert_close(one, two, rtol=0, atol=2e-5 * float(two.abs().max()))
     with pytest.raises(ValueError, match="reach contrast components that the operator was not made for"):
         narrow.in_basis(mixing)
