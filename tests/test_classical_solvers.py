@@ -228,10 +228,18 @@ def test_total_variation_counts_differences_in_their_typical_size():
     mean = estimate.inside(differences).mean(0)
     torch.testing.assert_close(mean, torch.full_like(mean, 3.0), rtol=1e-4, atol=0)
     assert penalty.weight == pytest.approx(0.7 * (3 * u.shape[1]) ** 0.5)
-    assert estimate.inside(u).shape == (int(estimate.mask.sum()), u.shape[1])
-    x, z, y = 8, 1, 9
-    where = int(estimate.mask.permute(2, 0, 1).flatten()[: (x * 2 + z) * 20 + y].sum())
-    assert torch.equal(estimate.inside(u)[where], u[x, :, z, y])
+
+
+def test_values_inside_are_those_of_the_mask():
+    estimate = _estimate(**SMALL)
+    u = estimate.coefficients
+    mask = torch.rand(estimate.mask.shape, generator=torch.Generator().manual_seed(0)) < 0.1  # (z, y, x)
+    expected = {tuple(u[x, :, z, y].tolist()) for z, y, x in mask.nonzero().tolist()}
+    found = replace(estimate, mask=mask).inside(u)
+    assert found.shape == (int(mask.sum()), u.shape[1])
+    assert {tuple(row) for row in found.tolist()} == expected
+    nothing = replace(estimate, mask=torch.zeros_like(mask))
+    assert nothing.inside(u).shape == (u[:, 0].numel(), u.shape[1])  # no signal: all voxels
 
 
 # --------------------------------------------------------------- objectives: all algorithms reach the minimum

@@ -5,107 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scan_of_ellipses import PROTOCOLS, scan_of_ellipses
 
-from quantitron.recon.data import Basis, Calibration, Encoding, KSpace, Problem, Protocol
+from quantitron.recon.data import Basis
 from quantitron.recon.field_map import field_map
-from quantitron.recon.gram import reduce_kspace
 from quantitron.recon.masks import signal_mask
 from quantitron.recon.metrics import CAPS, nrmse
 from quantitron.recon.noise import noise_variance
-from quantitron.recon.operators.fourier import centred_fft, centred_ifft
 from quantitron.recon.signal.models import signal
 from quantitron.recon.solvers import Subspace
-from quantitron.recon.temporal_basis import dictionary_basis
-
-PROTOCOLS = {
-    "vfa_gre": Protocol(
-        "vfa_gre",
-        tuple(0.002 + 0.004 * e for e in range(6)),
-        (0.046,),
-        tuple(math.radians(a) for a in (5, 15, 30, 40)),
-    ),
-    "t2ir_gre": Protocol(
-        "t2ir_gre",
-        (0.0045, 0.0112, 0.0179, 0.0246),
-        (0.03,),
-        (math.radians(10),),
-        (0.025, 0.05, 0.09),
-        (),
-        30,
-        inversion_efficiency=None,
-    ),
-    "megre": Protocol("megre", tuple(0.004 + 0.005 * e for e in range(5)), (0.4,), (0.5,)),
-}
 
 
-def _object(grid):
-    """Tissue maps (z, y, x) of nested ellipses with smooth B0, and coil maps (c, z, y, x)."""
-    z, y, x = torch.meshgrid(*((torch.arange(n) - n // 2) / n for n in grid), indexing="ij")
-    outer = (y / 0.40) ** 2 + (x / 0.36) ** 2 < 1
-    inner = ((y - 0.05) / 0.25) ** 2 + (x / 0.2) ** 2 < 1
-    core = ((y + 0.05) / 0.08) ** 2 + ((x - 0.04) / 0.08) ** 2 < 1
-
-    def tissue(outside, middle, centre):
-        return torch.where(core, centre, torch.where(inner, middle, torch.tensor(outside)))
-
-    maps = {
-        "t1": tissue(1.4, torch.tensor(0.85), torch.tensor(2.2)),
-        "t2": tissue(0.085, torch.tensor(0.065), torch.tensor(0.15)),
-        "t2star": tissue(0.06, torch.tensor(0.05), torch.tensor(0.08)),
-        "inversion": torch.full(grid, 0.93),
-        "b0": 25 * torch.sin(4 * x) + 15 * y + 10 * z,
-    }
-    angle = 2 * torch.pi * torch.arange(6)[:, None, None, None] / 6
-    distance = (y - 0.8 * torch.sin(angle)) ** 2 + (x - 0.8 * torch.cos(angle)) ** 2
-    csm = torch.polar(torch.exp(-distance / 0.6), angle + x * torch.cos(angle) + 0.5 * z)
-    return maps, outer, csm / torch.linalg.vector_norm(csm, dim=0)
-
-
-def _problem(sequence, grid=(4, 32, 32), acceleration=1.0, noise=0.0, rank=0.99999):
-    """A scan of the object: random lines, denser in the centre; calibration lines from the last contrast."""
-    protocol = PROTOCOLS[sequence]
-    maps, mask, csm = _object(grid)
-    nz, ny = grid[:2]
-    generator = torch.Generator().manual_seed(4)
-    frames = signal({name: values.flatten() for name, values in maps.items()}, protocol)  # (voxel, t)
-    frames = (100 * mask.flatten()[:, None] * frames).T.reshape(-1, 1, *grid)  # (t, 1, z, y, x)
-    kspace = centred_fft(csm * frames, (2, 3, 4))  # (t, c, z, y, x)
-    kspace = kspace + noise * torch.randn(kspace.shape, dtype=kspace.dtype, generator=generator)
-    hybrid = centred_ifft(kspace, (4,)).permute(0, 2, 3, 1, 4)  # (t, z, y, c, x)
-    density = 1 / (1 + (2 * (torch.arange(ny) - ny // 2) / ny / 0.3) ** 2)  # falls from the centre
-    density = density / density.mean() / acceleration if acceleration > 1 else torch.ones(ny)
-    sampled = torch.rand(protocol.frames, nz, ny, generator=generator) < density
-    centre = slice(ny // 2 - 6, ny // 2 + 6)
-    bright = protocol.frames - protocol.echoes  # the last contrast's first echo
-    sampled[bright, :, centre] = True
-    t, kz, ky = torch.nonzero(sampled, as_tuple=True)
-    lines = hybrid[t, kz, ky].to(torch.complex64)
-    if noise > 0:
-        lines = lines / noise  # whitened: E|n|^2 = 1
-    scan = KSpace(
-        lines,
-        t // protocol.echoes,
-        t % protocol.echoes,
-        torch.zeros_like(t),
-        kz,
-        ky,
-        torch.ones(len(t)),
-        float(lines.abs().square().sum()),
-        protocol.contrast_shape,
-        (1, *grid),
-    )
-    count = torch.zeros(1, nz, ny)
-    count[:, :, centre] = 1
-    scale = 1 / noise if noise > 0 else 1.0
-    calibration = (scale * hybrid[bright] * count[0, :, :, None, None])[None].to(torch.complex64)
-    problem = Problem(
-        Encoding(grid, (0.1, 0.2, 0.2), grid, coils=6),
-        protocol,
-        reduce_kspace(scan, dictionary_basis(protocol, rank)),
-        calibration=Calibration(calibration, count),
-        noise_known=noise > 0,
-    )
-    return problem, maps, mask
+def _problem(sequence, **scan):
+    return scan_of_ellipses(PROTOCOLS[sequence], **scan)
 
 
 def _solve(problem, **settings):

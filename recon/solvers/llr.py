@@ -52,7 +52,7 @@ class LocallyLowRank(CartesianSolver):
     """Whether the blocks move from round to round."""
     algorithm: str = field(default="reweighted", metadata={"choices": ("reweighted", "fista")})
     """How the objective is minimised."""
-    rounds: int = field(default=3, metadata={"minimum": 1})
+    rounds: int = field(default=5, metadata={"minimum": 1})
     """Quadratic problems of ``reweighted``."""
     iterations: int = field(default=5, metadata={"minimum": 1})
     """Conjugate gradient steps in each of them."""
