@@ -16,6 +16,7 @@ def conjugate_gradient(
     iterations: int = 20,
     tolerance: float = 1e-6,
     callback: Callable[[int, float], None] | None = None,
+    least: int = 0,
 ) -> Tensor:
     """Solve N x = b for a Hermitian positive definite N.
 
@@ -26,6 +27,7 @@ def conjugate_gradient(
         preconditioner: r -> P r with P Hermitian positive definite and near N^-1.
         iterations: most iterations.
         tolerance: stop once ||b - N x|| falls below this share of ||b||.
+        least: iterations before which the tolerance is not looked at: the residual does not fall evenly.
         callback: called with the iteration and the relative residual after each iteration.
 
     Returns:
@@ -43,7 +45,8 @@ def conjugate_gradient(
     search = conditioned = residual if preconditioner is None else preconditioner(residual)
     energy = inner(residual, conditioned)
     for iteration in range(iterations):
-        if inner(residual, residual) ** 0.5 <= tolerance * scale:
+        size = inner(residual, residual) ** 0.5
+        if size == 0 or (iteration >= least and size <= tolerance * scale):
             break
         image = normal(search)
         step = energy / inner(search, image)

@@ -15,8 +15,8 @@ passes, each of which tells the next what it must know (METHODS 1, 3, 4):
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -42,6 +42,9 @@ from quantitron.recon.priors.gaussian_field import GaussianField
 from quantitron.recon.priors.total_variation import JointTotalVariation
 from quantitron.recon.signal_energy import centre_energy, smoothed_energy
 from quantitron.recon.solvers.solver import Progress, Solver
+
+LEAST_TOLERANCE = 1e-4
+"""Relative residual below which no more is asked of single precision."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,12 @@ class CartesianSolver(Solver):
     """Conjugate gradient steps of the second pass, from which the basis is learnt; 0: the dictionary's."""
     linear_iterations: int = field(default=10, metadata={"minimum": 1})
     """Conjugate gradient steps of the third pass."""
-    tolerance: float = field(default=1e-4, metadata={"minimum": 0})
-    """Relative residual at which the steps end earlier."""
+    most_iterations: int = field(default=60, metadata={"minimum": 1})
+    """Most steps of any pass; above the numbers of steps, which are the least, until the tolerance is met."""
+    tolerance: float = field(default=6.0, metadata={"minimum": 0})
+    """Residual of the equations at which steps end, in units of what noise alone puts into their right side.
+
+    Scans of low noise take more steps: more of what the equations say is true."""
     dictionary_regularisation: float = field(default=4.0, metadata={"above": 0})
     """Factor on the penalty as long as the variances are the dictionary's."""
     regularisation: float = field(default=1.0, metadata={"above": 0})
@@ -202,7 +209,10 @@ class CartesianSolver(Solver):
         operator = ReducedSense(reduced, csm, wide.mixing.to(problem.device))
         energy = centre_energy(reduced, wide, noise)  # (z, y, x)
         expected = self._prior(wide, energy, self.dictionary_regularisation, noise, problem)
-        coefficients = self._solve(operator, operator.adjoint_data(), expected, self.first_iterations)
+        # What it is for, energy and field, is there long before the equations are met.
+        coefficients = replace(self, most_iterations=1)._solve(
+            operator, operator.adjoint_data(), expected, noise, self.first_iterations
+        )
         images = echo_images(coefficients.cpu(), wide)  # (e, l, z, y, x)
         energy = smoothed_energy(images)
         mask = signal_mask(energy.sqrt(), self.mask_threshold)
@@ -246,7 +256,7 @@ class CartesianSolver(Solver):
         prior = self._prior(basis, energy, self.dictionary_regularisation, noise, problem)
         start = None
         if self.learning_iterations:
-            start = self._solve(operator, data, prior, self.learning_iterations)
+            start = self._solve(operator, data, prior, noise, self.learning_iterations)
             energy = smoothed_energy(echo_images(start.cpu(), basis))
             basis, rotation = learnt_basis(basis, start.cpu(), energy.permute(2, 0, 1), mask.permute(2, 0, 1))
             turn = rotation.mH.to(start)  # (new k, k)
@@ -255,7 +265,7 @@ class CartesianSolver(Solver):
             prior = self._prior(basis, energy, self.regularisation, noise, problem)
 
         progress("third pass", 0.3)
-        coefficients = self._solve(operator, data, prior, self.linear_iterations, start)
+        coefficients = self._solve(operator, data, prior, noise, self.linear_iterations, start)
         dz, dy, dx = problem.encoding.voxel_size
         return LinearEstimate(operator, data, coefficients, basis, noise, prior, (dx, dz, dy), b0, mask)
 
@@ -273,17 +283,47 @@ class CartesianSolver(Solver):
         operator: ReducedSense,
         data: Tensor,
         prior: GaussianField,
+        noise: float,
         iterations: int,
         start: Tensor | None = None,
     ) -> Tensor:
         """Coefficient images (x, k, z, y) of least expected error."""
         # A weight below that of the diagonal suits the smooth images that come first (0.1 to 1 were tried).
         diagonal = operator.mean_diagonal()[:, None, None] + 0.3 * prior.diagonal()  # (x, k, z, y)
+        return self.settle(
+            operator, noise, lambda u: operator(u) + prior.precision(u), data, diagonal, iterations, start
+        )
+
+    def settle(
+        self,
+        operator: ReducedSense,
+        noise: float,
+        normal: Callable[[Tensor], Tensor],
+        right_hand_side: Tensor,
+        diagonal: Tensor,
+        iterations: int,
+        start: Tensor | None = None,
+    ) -> Tensor:
+        """Conjugate gradients until the residual is small against the noise.
+
+        Args:
+            operator: A^H A, for the noise that it puts into A^H s.
+            noise: variance of one sample.
+            normal: the equations' left side, A^H A and penalties.
+            right_hand_side: (x, k, z, y).
+            diagonal: preconditioner, divided by.
+            iterations: least number of steps.
+            start: where to begin.
+        """
+        voxels = right_hand_side[:, 0].numel()
+        noise_norm = float(noise * voxels * operator.mean_diagonal().sum()) ** 0.5
+        norm = float(right_hand_side.norm())
         return conjugate_gradient(
-            lambda u: operator(u) + prior.precision(u),
-            data,
+            normal,
+            right_hand_side,
             start=start,
             preconditioner=lambda residual: residual / diagonal,
-            iterations=iterations,
-            tolerance=self.tolerance,
+            iterations=max(iterations, self.most_iterations),
+            tolerance=max(LEAST_TOLERANCE, self.tolerance * noise_norm / norm if norm > 0 else 0.0),
+            least=iterations,
         )

@@ -26,7 +26,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
 from quantitron.recon.algorithms.fista import fista
 from quantitron.recon.algorithms.power_iteration import largest_eigenvalue
 from quantitron.recon.priors.low_rank import BlockLowRank, BlockPrecision
@@ -55,7 +54,7 @@ class LocallyLowRank(CartesianSolver):
     rounds: int = field(default=5, metadata={"minimum": 1})
     """Quadratic problems of ``reweighted``."""
     iterations: int = field(default=5, metadata={"minimum": 1})
-    """Conjugate gradient steps in each of them."""
+    """Conjugate gradient steps in each of them, at least."""
     smoothing: float = field(default=0.3, metadata={"above": 0})
     """Singular values below this share of the noise's cost their square; ``reweighted`` only."""
     fista_iterations: int = field(default=120, metadata={"minimum": 1})
@@ -105,14 +104,7 @@ class LocallyLowRank(CartesianSolver):
                 total = operator(image) + blocks(image)
                 return total + share * prior.precision(image) if share else total
 
-            u = conjugate_gradient(
-                normal,
-                estimate.data,
-                start=u,
-                preconditioner=lambda residual: residual / diagonal,  # noqa: B023 used at once
-                iterations=self.iterations,
-                tolerance=self.tolerance,
-            )
+            u = self.settle(operator, estimate.noise, normal, estimate.data, diagonal, self.iterations, u)
         return u
 
     def _fista(self, estimate: LinearEstimate, penalty: BlockLowRank, generator: torch.Generator) -> Tensor:

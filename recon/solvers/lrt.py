@@ -22,7 +22,7 @@ from torch import Tensor
 from quantitron.recon.algorithms.admm import admm
 from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
 from quantitron.recon.priors.low_rank_tensor import TuckerBasis, UnfoldedLowRank
-from quantitron.recon.solvers.cartesian import CartesianSolver, LinearEstimate
+from quantitron.recon.solvers.cartesian import LEAST_TOLERANCE, CartesianSolver, LinearEstimate
 from quantitron.recon.solvers.lrtv import SPLITTING_PENALTY
 from quantitron.recon.solvers.solver import Progress
 
@@ -44,11 +44,13 @@ class LowRankTensor(CartesianSolver):
     tensor_rank: int | float = field(default=0.999999, metadata={"above": 0})
     """Length of the core along contrast and echo: a number, or the share of the energy to keep along each."""
     rounds: int = field(default=6, metadata={"minimum": 1})
-    """Rounds of the splitting."""
+    """Rounds of the splitting, at least."""
+    most_rounds: int = field(default=30, metadata={"minimum": 1})
+    """Rounds at most."""
     iterations: int = field(default=3, metadata={"minimum": 1})
     """Conjugate gradient steps in each of them."""
-    change: float = field(default=1e-3, metadata={"minimum": 0})
-    """Relative residuals of the splitting at which it ends."""
+    change: float = field(default=0.5, metadata={"minimum": 0})
+    """Change of the images in a round at which it ends, in units of the noise in an image."""
 
     def refine(self, estimate: LinearEstimate, seed: int, progress: Progress) -> Tensor:
         """Minimise the objective from the linear estimate on."""
@@ -103,12 +105,17 @@ class LowRankTensor(CartesianSolver):
                 start=last,
                 preconditioner=lambda residual: residual / diagonal,
                 iterations=self.iterations,
-                tolerance=self.tolerance,
+                tolerance=LEAST_TOLERANCE,
             )
 
-        def report(_u: Tensor, iteration: int) -> bool:
-            progress("low-rank tensor", (iteration + 1) / self.rounds)
-            return False
+        settled = self.change * estimate.image_noise * images.numel() ** 0.5
+        previous = images
+
+        def stop(u: Tensor, iteration: int) -> bool:
+            nonlocal previous
+            progress("low-rank tensor", min(1.0, (iteration + 1) / self.rounds))
+            change, previous = float((u - previous).norm()), u
+            return iteration + 1 >= self.rounds and change <= settled
 
         return admm(
             closest,
@@ -116,9 +123,9 @@ class LowRankTensor(CartesianSolver):
             images,
             operator=stack,
             penalty=scale,
-            iterations=self.rounds,
-            tolerance=self.change,
-            stop=report,
+            iterations=max(self.rounds, self.most_rounds),
+            tolerance=0.0,
+            stop=stop,
         ).x
 
     def _unfolded(self, estimate: LinearEstimate, lengths: tuple[int, int], axis: int) -> UnfoldedLowRank:

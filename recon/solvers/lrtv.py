@@ -30,7 +30,7 @@ from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
 from quantitron.recon.algorithms.power_iteration import largest_eigenvalue
 from quantitron.recon.algorithms.primal_dual import primal_dual, primal_dual_steps
 from quantitron.recon.priors.total_variation import JointTotalVariation
-from quantitron.recon.solvers.cartesian import CartesianSolver, LinearEstimate
+from quantitron.recon.solvers.cartesian import LEAST_TOLERANCE, CartesianSolver, LinearEstimate
 from quantitron.recon.solvers.solver import Progress
 
 SPLITTING_PENALTY = 0.1
@@ -52,7 +52,7 @@ class LowRankTotalVariation(CartesianSolver):
     rounds: int = field(default=2, metadata={"minimum": 1})
     """Quadratic problems of ``reweighted`` and ``admm``; the latter wants five times as many."""
     iterations: int = field(default=7, metadata={"minimum": 1})
-    """Conjugate gradient steps in each of them."""
+    """Conjugate gradient steps in each of them, at least."""
     smoothing: float = field(default=0.1, metadata={"above": 0})
     """Share of the typical difference below which differences cost their square."""
     primal_dual_iterations: int = field(default=300, metadata={"minimum": 1})
@@ -82,13 +82,14 @@ class LowRankTotalVariation(CartesianSolver):
             diagonal = operator.mean_diagonal()[:, None, None] + 0.3 * penalty.diagonal(weights)
             previous, u = (
                 u,
-                conjugate_gradient(
+                self.settle(
+                    operator,
+                    estimate.noise,
                     lambda image: operator(image) + penalty.precision(image, weights),  # noqa: B023
                     estimate.data,
-                    start=u,
-                    preconditioner=lambda residual: residual / diagonal,  # noqa: B023
-                    iterations=self.iterations,
-                    tolerance=self.tolerance,
+                    diagonal,
+                    self.iterations,
+                    u,
                 ),
             )
             if float((u - previous).norm()) <= self.change * float(u.norm()):
@@ -108,7 +109,7 @@ class LowRankTotalVariation(CartesianSolver):
                 start=last,
                 preconditioner=lambda residual: residual / diagonal,
                 iterations=self.iterations,
-                tolerance=self.tolerance,
+                tolerance=LEAST_TOLERANCE,
             )
 
         return admm(
