@@ -41,7 +41,7 @@ class LocallyLowRank(CartesianSolver):
 
     linear_iterations: int = field(default=4, metadata={"minimum": 1})
     """Conjugate gradient steps of the third pass: only a start is wanted here."""
-    weight: float = field(default=0.25, metadata={"above": 0})
+    weight: float = field(default=0.2, metadata={"above": 0})
     """Threshold of the singular values, in units of the largest one of pure noise."""
     block: int = field(default=3, metadata={"minimum": 1})
     """Edge of a block [voxels]."""

@@ -35,9 +35,9 @@ class LowRankTensor(CartesianSolver):
 
     linear_iterations: int = field(default=4, metadata={"minimum": 1})
     """Conjugate gradient steps of the third pass: only a start is wanted here."""
-    total_variation: float = field(default=0.15, metadata={"above": 0})
+    total_variation: float = field(default=0.1, metadata={"above": 0})
     """Factor on total variation, whose scale follows from the noise and the edges of the scan."""
-    weight: float = field(default=0.1, metadata={"above": 0})
+    weight: float = field(default=0.05, metadata={"above": 0})
     """Threshold of the unfoldings' singular values, in units of the largest one of pure noise."""
     block: int = field(default=4, metadata={"minimum": 1})
     """Edge of a block [voxels]."""

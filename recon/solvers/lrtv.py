@@ -45,7 +45,7 @@ class LowRankTotalVariation(CartesianSolver):
 
     linear_iterations: int = field(default=4, metadata={"minimum": 1})
     """Conjugate gradient steps of the third pass: only a start is wanted here."""
-    weight: float = field(default=0.2, metadata={"above": 0})
+    weight: float = field(default=0.15, metadata={"above": 0})
     """Factor on total variation, whose scale follows from the noise and the edges of the scan."""
     algorithm: str = field(default="reweighted", metadata={"choices": ("reweighted", "admm", "primal_dual")})
     """How the objective is minimised."""
