@@ -113,7 +113,8 @@ def resolved(properties: str = "") -> dict[str, dict[str, dict[str, object]]]:
 def test_xml_overrides_the_sequence_section_overrides_all_overrides_defaults(monkeypatch):
     settings_file(
         monkeypatch,
-        "all:\n  reconstruct: {linear_iterations: 11, seed: 3}\nvfa_gre:\n  reconstruct: {linear_iterations: 12}\n",
+        "all:\n  reconstruct: {linear_iterations: 11, seed: 3}\n"
+        "vfa_gre:\n  reconstruct: {linear_iterations: 12}\n",
     )
     assert resolved()["megre"]["reconstruct"]["linear_iterations"] == 11
     assert resolved()["vfa_gre"]["reconstruct"]["linear_iterations"] == 12
