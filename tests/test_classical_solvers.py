@@ -62,7 +62,7 @@ def _errors(solver, sequence, **changes):
 # -------------------------------------------------------------------------------- accuracy, against the truth
 
 LIMITS = {
-    # NRMSE [%] of subspace, llr, lrtv and lrt, measured with weights a third larger than the presets of today,
+    # NRMSE [%] of subspace, llr, lrtv and lrt, measured with weights a third above the presets of today,
     # which give up some T2* at low undersampling for T1 at high (t2ir_gre llr T2* 8.5, megre lrt 4.7).
     # T1 8.1, 7.0, 7.2, 6.9; T2* 10.4, 9.5, 7.3, 7.1
     "vfa_gre": {"t1": (0.1, 0.95, 0.95, 0.95), "t2star": (0.13, 0.97, 0.8, 0.8)},
