@@ -36,6 +36,7 @@ from invivo import phantom
 from peers_bart import Pics, Shuffle, bart_available, bart_version
 from peers_sigpy import SigpyProblem
 from scan_problem import load
+from subspace import T2IR, VFA
 from torch import Tensor
 
 from quantitron.gadgets.image_file import read_images
@@ -55,14 +56,6 @@ from quantitron.recon.signal_energy import centre_energy
 from quantitron.recon.solvers import SOLVERS, LocallyLowRank, LowRankTotalVariation
 from quantitron.recon.solvers.cartesian import CartesianSolver
 
-VFA = {"sequence": "vfa_gre", "matrix": (112, 112, 16), "fov": (224.0, 224.0, 32.0), "coils": 8}
-T2IR = {
-    "sequence": "t2ir_gre",
-    "matrix": (96, 96, 12),
-    "fov": (192.0, 192.0, 24.0),
-    "coils": 10,
-    "excitations": 40,
-}
 SCANS = [(VFA, 12.0), (VFA, 27.0), (T2IR, 80.0), (T2IR, 160.0)]
 PIPELINES = tuple(kind.name for kind in SOLVERS)
 ROLES = ("T1", "T2", "T2STAR")

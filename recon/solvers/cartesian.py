@@ -62,7 +62,7 @@ class LinearEstimate:
     noise: float
     """Variance of one complex sample."""
     prior: GaussianField
-    """What was expected of U, in units of the noise: the penalty is noise / 2 <U, prior.precision(U)>."""
+    """What was expected of U: the penalty beside the data term is 1/2 <U, prior.precision(U)>."""
     voxel_size: tuple[float, float, float]
     """Edges [m] along (x, z, y)."""
     b0: Tensor
