@@ -1,0 +1,1 @@
+"""Coordinate networks: hash-grid encodings, stacked perceptrons, fields. They know torch and arrays only."""
