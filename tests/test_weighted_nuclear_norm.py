@@ -83,6 +83,15 @@ def test_mask_keeps_the_patches_that_touch_it():
     assert matches.stacks == 25
     point = int(torch.arange(mask.numel()).reshape(SHAPE)[6, 1, 5])
     assert bool((matches.voxel[0] == point).any(0).all())
+    maps = _similar_maps().requires_grad_()
+    covered = (matches.count > 0).reshape(SHAPE)
+    assert 0 < int(covered.sum()) < covered.numel()
+    (gradient,) = torch.autograd.grad(weighted_nuclear_norm(maps, matches, torch.ones(3)), maps)
+    assert float(gradient[:, ~covered].abs().max()) == 0
+    assert float(gradient[:, covered].abs().min()) > 0
+    shrunk = shrink_stacks(maps.detach(), matches, torch.full((3,), 1e-3))
+    assert torch.equal(shrunk[:, ~covered], maps.detach()[:, ~covered])
+    assert not torch.equal(shrunk[:, covered], maps.detach()[:, covered])
 
 
 @pytest.mark.parametrize(("epsilon", "floor"), [(1e-16, 0.0), (1e-16, 1e-4), (1e-2, 0.0)])
