@@ -183,9 +183,32 @@ def test_the_transpose_is_the_adjoint():
         len(samples.matrix.starts) - 1, table.shape[1], generator=seeded(5), dtype=torch.float64
     )
     back = torch.zeros_like(table)
-    back[samples.touched] = samples.transpose @ image
+    for part in samples.transpose:
+        part.product_into(back, image)
     left = ((samples.matrix @ table) * image).sum()
     torch.testing.assert_close(left, (table * back).sum(), rtol=1e-12, atol=0)
+
+
+def test_long_rows_are_summed_in_pieces():
+    """202 points share 8 rows of the coarsest level: 1616 entries, at most 64 of them in a piece."""
+    layout = HashGridLayout(levels=2, base_resolution=2, growth=8.0 / 2, log2_rows=12)
+    grid = HashGrid(layout, 1, seeded(), dtype=torch.float64)
+    samples = grid.samples(points(200))
+    coarse, fine = samples.transpose
+    assert coarse.pieces.starts.diff().max() == 64
+    assert coarse.join is not None
+    assert fine.join is None
+    grid(samples).sum().backward()
+    # Weights of a point add up to 1 in every level.
+    totals = grid.table.grad.split([layout.rows(0), layout.rows(1)])
+    for total in totals:
+        assert total[:, 0].sum().item() == pytest.approx(202)
+    matrix = torch.zeros(len(grid.table), 202 * 2, dtype=torch.float64)
+    for level in range(2):
+        rows, weights = corner_rows_and_weights(layout, points(200), level)
+        place = (torch.arange(202) + 202 * level)[:, None].expand_as(rows)
+        matrix.index_put_((rows + layout.first_row(level), place), weights, accumulate=True)
+    torch.testing.assert_close(grid.table.grad[:, 0], matrix.sum(1), rtol=1e-12, atol=1e-12)
 
 
 def test_batches_of_readout_positions_are_parts_of_the_whole():

@@ -163,7 +163,7 @@ def test_complex_fields_are_what_they_say():
 
 def test_maps_at_any_points_are_the_field(monkeypatch):
     """In several parts, on a finer grid too; every voxel centre of a grid of thrice the voxels stays one."""
-    monkeypatch.setattr("quantitron.recon.networks.fields._POINTS_AT_ONCE", 17)
+    monkeypatch.setattr("quantitron.recon.networks.fields._POINTS_AT_ONCE", 501)
     network = CoordinateNetwork(LAYOUT, 4, seeded(), CPU, networks=2, coordinates=COORDINATES)
     network.encoding.table.data.normal_(generator=seeded(6))
     field = ComplexField(network, torch.ones(2, dtype=torch.complex64))

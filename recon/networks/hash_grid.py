@@ -3,8 +3,7 @@
 Rows and weights are worked out once. A batch of features is then the product of a sparse matrix, 2^d entries
 for each point and level, with the table, in which the features of all networks stand side by side; its
 gradient is the product with the stored transpose. Nothing is scattered, so that sums run in the same order
-with any number of threads. ``torch.embedding_bag`` is that product, on every device, and as fast as the
-sparse product of the maths library.
+with any number of threads.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from quantitron.recon.networks.encoding import GridEncoding, Samples
 from quantitron.recon.networks.hash_layout import HashGridLayout, check_coordinates, corner_rows_and_weights
+from quantitron.recon.networks.sparse_rows import FilledRows, SparseRows
 
 _START = 1e-4
 """Features start uniform within this range, as in tiny-cuda-nn."""
@@ -28,43 +28,15 @@ _LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class _Sparse:
-    """A sparse matrix in compressed rows."""
-
-    starts: Tensor
-    """(rows + 1,) int32: where each row's entries begin."""
-    columns: Tensor
-    """(entries,) int32."""
-    values: Tensor
-    """(entries,) float."""
-
-    def rows(self, first: int, last: int) -> _Sparse:
-        """Some consecutive rows of a matrix that has as many entries in every row."""
-        width = len(self.columns) // max(len(self.starts) - 1, 1)
-        chosen = slice(first * width, last * width)
-        return _Sparse(self.starts[: last - first + 1], self.columns[chosen], self.values[chosen])
-
-    def __matmul__(self, dense: Tensor) -> Tensor:
-        """(rows, n), of a dense (columns, n)."""
-        # (weight, indices, offsets, scale_grad_by_freq, mode 0 = sum, sparse, weights, include_last_offset)
-        # Detached: the library takes a slower way for what needs a gradient, even where none is recorded.
-        result: Tensor = torch.embedding_bag(
-            dense.detach(), self.columns, self.starts, False, 0, False, self.values, True
-        )[0]
-        return result
-
-
-@dataclass(frozen=True)
 class GridSamples(Samples):
     """Points as a sparse matrix over a table's rows; blocks of points, in each of them level by level."""
 
-    matrix: _Sparse
+    matrix: SparseRows
     """(v x levels, table rows)."""
-    transpose: _Sparse | None
-    """(touched rows, v x levels); None where no gradient is wanted."""
-    touched: Tensor
-    """Rows of the table that any point reads, ascending, (touched rows,) int64."""
+    transpose: tuple[FilledRows, ...]
+    """(table rows, v x levels), one part for each level; empty where no gradient is wanted."""
     table_rows: int
+    """Rows of the table that they index."""
     block: int
     """Points of a block; the last one may hold fewer."""
 
@@ -144,7 +116,7 @@ class HashGrid(GridEncoding):
         shape = voxels * layout.levels, layout.corners
         columns = torch.empty(shape, dtype=torch.int32, device=device)
         values = torch.empty(shape, dtype=self.table.dtype, device=device)
-        touched, lengths, sources, weights = [], [], [], []
+        transpose = []
         first = torch.arange(voxels, device=device) // block * block
         size = (voxels - first).clamp(max=block)
         for level in range(layout.levels):
@@ -162,25 +134,16 @@ class HashGrid(GridEncoding):
                 row, order = row.flatten().int().sort(stable=True)
                 absent = int((row < 0).sum())
                 order = order[absent:]
-                rows, counts = torch.unique_consecutive(row[absent:], return_counts=True)
-                touched.append(rows.long())
-                lengths.append(counts)
-                sources.append(place.int()[order >> layout.dimensions])
-                weights.append(value.flatten()[order])
+                transpose.append(
+                    FilledRows.of_entries(
+                        row[absent:],
+                        place.int()[order >> layout.dimensions],
+                        value.flatten()[order],
+                    )
+                )
         starts = torch.arange(0, entries + 1, layout.corners, dtype=torch.int32, device=device)
-        transpose = None
-        if gradient:
-            ends = torch.cat(lengths).cumsum(0).int()
-            transpose = _Sparse(torch.cat((ends.new_zeros(1), ends)), torch.cat(sources), torch.cat(weights))
-        return GridSamples(
-            layout,
-            voxels,
-            _Sparse(starts, columns.flatten(), values.flatten()),
-            transpose,
-            torch.cat(touched) if gradient else starts.new_zeros(0, dtype=torch.int64),
-            len(self.table),
-            block,
-        )
+        matrix = SparseRows(starts, columns.flatten(), values.flatten())
+        return GridSamples(layout, voxels, matrix, tuple(transpose), len(self.table), block)
 
     def forward(self, samples: Samples) -> Tensor:
         """Features of the points.
@@ -221,7 +184,7 @@ class _Interpolate(torch.autograd.Function):
         levels, features = samples.layout.levels, samples.layout.features
         result = table.new_empty(networks, samples.voxels, levels, features)
         for first, last in samples.blocks():
-            product = samples.matrix.rows(first * levels, last * levels) @ table
+            product = samples.matrix.part(first * levels, last * levels) @ table
             product = product.view(levels, last - first, networks, features)
             _copy(product.permute(2, 1, 0, 3), result[:, first:last])
         return result.view(networks, samples.voxels, levels * features)
@@ -230,15 +193,16 @@ class _Interpolate(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         samples: GridSamples = ctx.samples
-        if samples.transpose is None:
+        if not samples.transpose:
             raise RuntimeError("these samples were prepared without a gradient")
         levels, features = samples.layout.levels, samples.layout.features
         networks = len(gradient)
-        gradient = gradient.reshape(networks, samples.voxels, levels, features)
+        gradient = gradient.contiguous().view(networks, samples.voxels, levels, features)
         source = gradient.new_empty(samples.voxels * levels, networks * features)
         for first, last in samples.blocks():
             target = source[first * levels : last * levels].view(levels, last - first, networks, features)
             _copy(gradient[:, first:last].permute(2, 1, 0, 3), target)
         result = gradient.new_zeros(ctx.shape)
-        result[samples.touched] = samples.transpose @ source
+        for part in samples.transpose:
+            part.product_into(result, source)
         return result, None, None
