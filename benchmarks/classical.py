@@ -57,7 +57,9 @@ from quantitron.recon.solvers import SOLVERS, LocallyLowRank, LowRankTotalVariat
 from quantitron.recon.solvers.cartesian import CartesianSolver
 
 SCANS = [(VFA, 12.0), (VFA, 27.0), (T2IR, 80.0), (T2IR, 160.0)]
-PIPELINES = tuple(kind.name for kind in SOLVERS)
+COEFFICIENT_IMAGES = ("subspace", "llr", "lrtv", "lrt")
+"""Solvers whose own part is to find coefficient images."""
+PIPELINES = (*COEFFICIENT_IMAGES, "model_based")
 ROLES = ("T1", "T2", "T2STAR")
 
 
@@ -320,7 +322,7 @@ def cost() -> list[dict[str, Any]]:
             wide = coefficient_basis(problem.reduced.basis, problem.protocol, 3.0, 9)
             energy = torch.ones(problem.encoding.matrix)
             for kind in SOLVERS:
-                if not issubclass(kind, CartesianSolver):
+                if not issubclass(kind, CartesianSolver) or kind.name not in COEFFICIENT_IMAGES:
                     continue
                 solver = kind(tolerance=0.0)
                 seconds = math.inf

@@ -23,7 +23,7 @@ MAY_IMPORT = {
 
 LAYERS_OF_RECON = {
     "data": set[str](),
-    "algorithms": set[str](),
+    "algorithms": {"algorithms"},
     "metrics": set[str](),
     "device": set[str](),
     "operators": {"operators", "data"},

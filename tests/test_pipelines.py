@@ -17,7 +17,7 @@ from quantitron.phantoms.simulate import simulate
 from quantitron.pipelines import pipeline_names, settings_names
 from quantitron.recon.solvers import SOLVERS
 
-CARTESIAN = ("subspace", "llr", "lrtv", "lrt")
+CARTESIAN = ("subspace", "llr", "lrtv", "lrt", "model_based")
 
 SCANS = {
     "vfa_gre": {"acceleration": 3.0, "echo_times": (2e-3, 6e-3, 12e-3, 18e-3)},

@@ -66,11 +66,20 @@ class FiniteDifference:
         )
 
     def weighted_diagonal(self, weights: Tensor) -> Tensor:
-        """Diagonal of D^H w D for real w (x, *, z, y) that the directions share: the shape of w."""
-        diagonal = torch.zeros_like(weights)
-        for axis, spacing in zip(AXES, self.spacing, strict=True):
-            n = weights.shape[axis]
-            inner = weights.narrow(axis, 0, n - 1)
+        """Diagonal of D^H w D for real w.
+
+        Args:
+            weights: (x, *, z, y), shared by the directions, or (3, x, *, z, y).
+
+        Returns:
+            (x, *, z, y).
+        """
+        shared = weights.ndim == len(AXES) + 1
+        diagonal = torch.zeros_like(weights if shared else weights[0])
+        for number, (axis, spacing) in enumerate(zip(AXES, self.spacing, strict=True)):
+            weight = weights if shared else weights[number]
+            n = weight.shape[axis]
+            inner = weight.narrow(axis, 0, n - 1)
             diagonal.narrow(axis, 1, n - 1).add_(inner, alpha=spacing**-2)
             diagonal.narrow(axis, 0, n - 1).add_(inner, alpha=spacing**-2)
         return diagonal

@@ -3,10 +3,25 @@
 from quantitron.recon.solvers.llr import LocallyLowRank
 from quantitron.recon.solvers.lrt import LowRankTensor
 from quantitron.recon.solvers.lrtv import LowRankTotalVariation
+from quantitron.recon.solvers.model_based import ModelBased
 from quantitron.recon.solvers.solver import Solver
 from quantitron.recon.solvers.subspace import Subspace
 
-__all__ = ["SOLVERS", "LocallyLowRank", "LowRankTensor", "LowRankTotalVariation", "Solver", "Subspace"]
+__all__ = [
+    "SOLVERS",
+    "LocallyLowRank",
+    "LowRankTensor",
+    "LowRankTotalVariation",
+    "ModelBased",
+    "Solver",
+    "Subspace",
+]
 
-SOLVERS: tuple[type[Solver], ...] = (Subspace, LocallyLowRank, LowRankTotalVariation, LowRankTensor)
+SOLVERS: tuple[type[Solver], ...] = (
+    Subspace,
+    LocallyLowRank,
+    LowRankTotalVariation,
+    LowRankTensor,
+    ModelBased,
+)
 """Every method that the XML can name."""

@@ -182,9 +182,23 @@ class CartesianSolver(Solver):
         coefficients = self.refine(
             estimate, problem.seed, lambda doing, share: progress(doing, 0.4 + 0.45 * share)
         )
+        yield self.maps(estimate, coefficients, problem, progress)
+        progress("done", 1.0)
+
+    def maps(
+        self, estimate: LinearEstimate, coefficients: Tensor, problem: Problem, progress: Progress
+    ) -> Maps:
+        """The final maps: those that fit the coefficient images best, voxel by voxel.
+
+        Args:
+            estimate: basis, field and data term of the coefficients.
+            coefficients: (x, k, z, y) what ``refine`` gave.
+            problem: the slice.
+            progress: takes the share of the whole, 0..1.
+        """
         residual = estimate.residual_to_noise(coefficients)
         progress("parameter maps", 0.85)
-        yield parameter_maps(
+        return parameter_maps(
             echo_images(coefficients.cpu(), estimate.basis),
             estimate.b0,
             problem,
@@ -194,7 +208,6 @@ class CartesianSolver(Solver):
             residual_to_noise=residual if problem.noise_known else float("nan"),
             standard_deviations=self.standard_deviations,
         )
-        progress("done", 1.0)
 
     def linear_estimate(self, problem: Problem, progress: Progress) -> LinearEstimate:
         """The three passes."""
