@@ -53,6 +53,7 @@ def test_chunks_are_the_definition(biases, shared, hidden, monkeypatch):
     ours, expected = mlp(inputs), layer_by_layer(mlp, inputs)
     assert ours.shape == (3, 13, 2)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mlp.layer_by_layer(inputs), expected, rtol=1e-12, atol=1e-12)
     direction = torch.randn(ours.shape, generator=seeded(3), dtype=torch.float64)
     wanted = [inputs, *mlp.parameters()]
     assert len(wanted) == 1 + (hidden + 1) * (1 + biases)
@@ -197,6 +198,42 @@ def test_a_field_learns_an_image(shared):
         optimiser.step()
     error = (field(samples).detach() - truth).norm(dim=1) / truth.norm(dim=1)
     assert error.max() < 0.02
+
+
+def test_gradient_of_a_field_by_finite_differences():
+    """Encoding, perceptrons and start values in double precision; both parts of complex maps."""
+    network = CoordinateNetwork(LAYOUT, 4, seeded(), CPU, networks=2, width=8)
+    field = ComplexField(network, torch.ones(2, dtype=torch.complex64)).double()
+    network.encoding.table.data.normal_(generator=seeded(6))
+    samples = field.samples(COORDINATES[:10])
+
+    def cost():
+        return (field(samples).abs() ** 3).sum()
+
+    slopes = torch.autograd.grad(cost(), list(field.parameters()))
+    for parameter, slope in zip(field.parameters(), slopes, strict=True):
+        step = torch.randn(parameter.shape, generator=seeded(8), dtype=torch.float64)
+        base, ends = parameter.detach().clone(), []
+        for sign in (1, -1):
+            parameter.data = base + sign * 1e-6 * step
+            ends.append(cost().item())
+        parameter.data = base
+        assert (ends[0] - ends[1]) / 2e-6 == pytest.approx((slope * step).sum().item(), rel=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_fields_on_a_gpu_are_those_on_the_cpu():
+    slopes, maps = [], []
+    for device in (CPU, torch.device("cuda")):
+        network = CoordinateNetwork(LAYOUT, 2, seeded(), device, networks=2)
+        field = RealField(network, torch.ones(2, device=device))
+        values = field(field.samples(COORDINATES.to(device)))
+        weights = torch.linspace(-1, 1, values.numel(), device=device).view_as(values)
+        slopes.append(torch.autograd.grad((values * weights).sum(), list(network.perceptrons.weights)))
+        maps.append(values.detach().cpu())
+    torch.testing.assert_close(maps[1], maps[0], rtol=1e-4, atol=1e-7)
+    for there, here in zip(slopes[1], slopes[0], strict=True):
+        torch.testing.assert_close(there.cpu(), here, rtol=1e-3, atol=1e-6)
 
 
 def test_equal_seeds_give_equal_fields_whatever_is_stored():

@@ -79,14 +79,25 @@ class StackedMLP(nn.Module):
         Returns:
             (networks, v, outputs).
         """
-        weights, biases = list(self.weights), list(self.biases)
         if inputs.device.type == "cpu":
+            weights, biases = list(self.weights), list(self.biases)
             return _InChunks.apply(inputs, len(weights), *weights, *biases)  # type: ignore
-        for layer, weight in enumerate(weights):
+        return self.layer_by_layer(inputs)
+
+    def layer_by_layer(self, inputs: Tensor) -> Tensor:
+        """The same, every layer for all points of all networks at once: the way of a GPU.
+
+        Args:
+            inputs: (networks, v, inputs), or (1, v, inputs) that all networks share.
+
+        Returns:
+            (networks, v, outputs).
+        """
+        for layer, weight in enumerate(self.weights):
             inputs = inputs @ weight
-            if biases:
-                inputs = inputs + biases[layer]
-            if layer < len(weights) - 1:
+            if len(self.biases):
+                inputs = inputs + self.biases[layer]
+            if layer < len(self.weights) - 1:
                 inputs = torch.relu(inputs)
         return inputs
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _LONGEST = 64
-"""Entries that one thread sums. Longer rows are summed in pieces, lest one thread work and the others wait."""
+"""Entries that one thread sums. Longer rows come in pieces, lest one thread work and the others wait."""
 
 
 @dataclass(frozen=True)
