@@ -82,7 +82,13 @@ class ModelBased(CartesianSolver):
         )
 
     def descend(
-        self, estimate: LinearEstimate, start: MapEstimate, progress: Callable[[float], None]
+        self,
+        estimate: LinearEstimate,
+        start: MapEstimate,
+        progress: Callable[[float], None],
+        rounds: int | None = None,
+        variation: MapVariation | None = None,
+        attraction: Attraction | None = None,
     ) -> MapEstimate:
         """Gauss-Newton steps: the unknowns of the least objective that they reach.
 
@@ -90,12 +96,12 @@ class ModelBased(CartesianSolver):
             estimate: the data term.
             start: where to begin.
             progress: called with the share of the steps that are done.
+            rounds: number of steps; by default the settings'.
+            variation: R; by default with the scale of the maps to start from.
+            attraction: a further term, towards maps that are expected.
         """
-        objective = MapObjective(
-            estimate,
-            start,
-            self.variation(estimate, start),
-        )
+        rounds = self.rounds if rounds is None else rounds
+        objective = MapObjective(estimate, start, variation or self.variation(estimate, start), attraction)
         low, high = start.model.limits(start.theta)
         descent = gauss_newton(
             objective,
@@ -103,15 +109,15 @@ class ModelBased(CartesianSolver):
             low,
             high,
             LONGEST_STEP * start.model.units(start.theta),
-            rounds=self.rounds,
+            rounds=rounds,
             iterations=self.iterations,
-            callback=lambda number, _value: progress((number + 1) / self.rounds),
+            callback=lambda number, _value: progress((number + 1) / rounds),
         )
         if descent.stopped == "not finite":
             logger.warning(
                 "the objective of the maps was not finite in step %d of %d; the maps before it are kept",
                 len(descent.values),
-                self.rounds,
+                rounds,
             )
         return replace(start, theta=descent.x)
 
@@ -134,18 +140,41 @@ class ModelBased(CartesianSolver):
         return MapVariation(start.mask, estimate.voxel_size, groups, weights, typical, self.smoothing, angles)
 
 
+@dataclass(frozen=True)
+class Attraction:
+    """1/2 sum strength (theta - centre)^2: what another source says of the unknowns."""
+
+    centre: Tensor
+    """(v, p), in the units of theta."""
+    strength: Tensor
+    """(v, p), in units of the data term's curvature; 0 where nothing is said."""
+
+    def value(self, theta: Tensor) -> float:
+        """At theta (v, p)."""
+        return 0.5 * float((self.strength * (theta - self.centre).square()).sum(dtype=torch.float64))
+
+
 class MapObjective:
     """Data term and R of the unknowns inside the mask; the background's part is taken out of the data."""
 
-    def __init__(self, estimate: LinearEstimate, start: MapEstimate, variation: MapVariation) -> None:
+    def __init__(
+        self,
+        estimate: LinearEstimate,
+        start: MapEstimate,
+        variation: MapVariation,
+        attraction: Attraction | None = None,
+    ) -> None:
         """Set up.
 
         Args:
             estimate: the data term.
             start: mask, model and background; any unknowns can be asked about.
             variation: R.
+            attraction: a further term; none by default.
         """
+        nothing = torch.zeros_like(start.theta)
         self.start, self.variation = start, variation
+        self.attraction = attraction or Attraction(nothing, nothing)
         self._operator = estimate.operator
         self._data = start.values(estimate.data - estimate.operator(start.background))  # (v, k)
 
@@ -155,6 +184,7 @@ class MapObjective:
             u = self.start.model.coefficients(theta)
         image = self.gram(u)
         value = _inner(u, 0.5 * image - self._data) + self.variation.value(self.start.images(theta))
+        value += self.attraction.value(theta)
         return _Point(self, theta, value, image - self._data)
 
     def gram(self, u: Tensor) -> Tensor:
@@ -184,6 +214,8 @@ class _Point:
         # What leaves no trace in the signal is damped as well.
         damping = DAMPING * (size + 1e-3 * size.mean(1, keepdim=True)) + 1e-9 * size.mean()
         # As for the images, a weight below that of the diagonal suits what is smooth.
+        attraction = objective.attraction
+        damping = damping + attraction.strength
         diagonal = damping + 0.5 * start.values(variation.diagonal(weights))
         inverse = torch.linalg.inv_ex(blocks + torch.diag_embed(diagonal))[0]
 
@@ -193,7 +225,9 @@ class _Point:
             return data + edges + damping * step
 
         return Linearisation(
-            pull_back(jacobian, self.slope) + start.values(variation.gradient(maps, weights)),
+            pull_back(jacobian, self.slope)
+            + start.values(variation.gradient(maps, weights))
+            + attraction.strength * (self.theta - attraction.centre),
             normal,
             lambda residual: (inverse @ residual[:, :, None])[:, :, 0],
         )

@@ -18,10 +18,13 @@ class Solver:
 
     name: ClassVar[str]
     """Name in the XML."""
-    needs_lines: ClassVar[bool] = False
-    """Whether the sampled lines are needed beside their reduced form."""
     sequences: ClassVar[tuple[str, ...]] = ()
     """Sequences that it can reconstruct."""
+
+    @property
+    def needs_lines(self) -> bool:
+        """Whether the sampled lines are needed beside their reduced form; settings may decide."""
+        return False
 
     def solve(self, problem: Problem, progress: Progress) -> Iterator[Maps]:
         """Yield previews, if any, and last the final maps of one slice, on the encoded grid (s = 1).
