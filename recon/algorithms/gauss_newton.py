@@ -80,7 +80,7 @@ def gauss_newton(
         rounds: steps at most.
         iterations: conjugate gradient iterations for each.
         tolerance: relative residual at which they end before.
-        change: share of the first step's fall of the objective below which a step is the last one.
+        change: fall of the objective below which a step is the last one.
         halvings: times that a step is halved before the method gives up.
         callback: called with the number of the step, from 0, and the objective after it.
     """
@@ -109,7 +109,7 @@ def gauss_newton(
         values.append(point.value)
         if callback is not None:
             callback(number, point.value)
-        if values[-2] - values[-1] <= change * (values[0] - values[1]):
+        if values[-2] - values[-1] <= change:
             return Descent(x, tuple(values), "settled")
     return Descent(x, tuple(values), "rounds")
 

@@ -37,6 +37,8 @@ LONGEST_STEP = 0.7
 the phase of the last echo."""
 LEAST_DIFFERENCE = 1e-4
 """Least typical difference of a map, in the same units: maps without any noise are not weighed by nothing."""
+USUAL_ROUNDS = 4
+"""Gauss-Newton steps that the progress reckons with."""
 DAMPING = 1e-3
 """Share of the diagonal of J^H A^H A J that is added to it (Marquardt 1963)."""
 
@@ -53,10 +55,12 @@ class ModelBased(CartesianSolver):
     """The same for log amplitude, phase and off-resonance."""
     smoothing: float = field(default=0.1, metadata={"above": 0})
     """Share of the typical difference below which differences cost their square."""
-    rounds: int = field(default=4, metadata={"minimum": 1})
-    """Gauss-Newton steps."""
-    iterations: int = field(default=8, metadata={"minimum": 1})
+    rounds: int = field(default=12, metadata={"minimum": 1})
+    """Gauss-Newton steps at most; scans of low noise take more than others."""
+    iterations: int = field(default=5, metadata={"minimum": 1})
     """Conjugate gradient steps in each of them."""
+    change: float = field(default=0.01, metadata={"minimum": 0})
+    """Fall of the objective for each unknown, in units of the noise, below which a step is the last one."""
 
     def refine(self, estimate: LinearEstimate, seed: int, progress: Progress) -> Tensor:
         """The linear estimate, whose maps are the start."""
@@ -96,7 +100,7 @@ class ModelBased(CartesianSolver):
             estimate: the data term.
             start: where to begin.
             progress: called with the share of the steps that are done.
-            rounds: number of steps; by default the settings'.
+            rounds: steps at most; by default the settings'.
             variation: R; by default with the scale of the maps to start from.
             attraction: a further term, towards maps that are expected.
         """
@@ -111,13 +115,13 @@ class ModelBased(CartesianSolver):
             LONGEST_STEP * start.model.units(start.theta),
             rounds=rounds,
             iterations=self.iterations,
-            callback=lambda number, _value: progress((number + 1) / rounds),
+            change=self.change * estimate.noise * start.theta.numel(),
+            callback=lambda number, _value: progress(min(1.0, (number + 1) / min(rounds, USUAL_ROUNDS))),
         )
         if descent.stopped == "not finite":
             logger.warning(
-                "the objective of the maps was not finite in step %d of %d; the maps before it are kept",
+                "the objective of the maps was not finite in step %d; the maps before it are kept",
                 len(descent.values),
-                rounds,
             )
         return replace(start, theta=descent.x)
 
@@ -212,10 +216,10 @@ class _Point:
         blocks = normal_blocks(jacobian, objective.mean_diagonal())  # (v, p, p)
         size = blocks.diagonal(dim1=1, dim2=2)
         # What leaves no trace in the signal is damped as well.
-        damping = DAMPING * (size + 1e-3 * size.mean(1, keepdim=True)) + 1e-9 * size.mean()
-        # As for the images, a weight below that of the diagonal suits what is smooth.
         attraction = objective.attraction
+        damping = DAMPING * (size + 1e-3 * size.mean(1, keepdim=True)) + 1e-9 * size.mean()
         damping = damping + attraction.strength
+        # As for the images, a weight below that of the diagonal suits what is smooth.
         diagonal = damping + 0.5 * start.values(variation.diagonal(weights))
         inverse = torch.linalg.inv_ex(blocks + torch.diag_embed(diagonal))[0]
 
