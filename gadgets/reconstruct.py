@@ -113,6 +113,8 @@ class Reconstruct(Gadget):
                 f"solver '{self.solver}' gave no maps: {reason or 'there was no slice to reconstruct'}"
             )
         maps = Maps.stack([_without_values(done[0]) if maps is None else maps for maps in finished])
+        if maps.failure:
+            context.fail(maps.failure)
         if not maps.mask.any():
             context.fail(
                 "the scan holds no signal: no voxel stands out from the background, the maps are empty"

@@ -279,6 +279,8 @@ class Maps:
     failed_voxels: int = 0
     """Voxels inside the mask with no estimate."""
     preview: bool = False
+    failure: str = ""
+    """What went wrong, in one sentence, where these maps are less than what was asked for; else empty."""
 
     @staticmethod
     def stack(parts: list[Maps]) -> Maps:
@@ -304,6 +306,7 @@ class Maps:
             magnitude=torch.cat(magnitudes, dim=1) if len(magnitudes) == len(parts) else None,
             residual_to_noise=sum(part.residual_to_noise for part in parts) / len(parts),
             failed_voxels=sum(part.failed_voxels for part in parts),
+            failure=next((part.failure for part in parts if part.failure), ""),
         )
 
 

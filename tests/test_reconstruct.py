@@ -31,7 +31,7 @@ class Numbered(Solver):
         if problem.reduced.energy < 0:
             raise ValueError("the energy is negative")
         value = torch.full((1, *ENCODING.matrix), problem.reduced.energy)
-        maps = Maps({"pd": value}, value > 0)
+        maps = Maps({"pd": value}, value > 0, failure=f"only {value.max():.0f}" if value.max() > 100 else "")
         yield replace(maps, preview=True)
         progress("solving", 1.0)
         yield maps
@@ -80,6 +80,14 @@ def test_a_scan_without_signal_is_said_to_be_one():
     (maps,) = [item for item in _run([0.0], context) if not item.preview]
     assert not maps.mask.any()
     assert "the scan holds no signal" in context.failures[0]
+
+
+def test_maps_that_say_what_went_wrong_are_delivered_and_it_is_passed_on():
+    context = _context()
+    (maps,) = _run([1.0, 101.0, 102.0], context)
+    assert maps.failure == "only 101"
+    assert maps.values["pd"][2].eq(102).all()
+    assert context.failures == ["only 101"]
 
 
 def test_nothing_reconstructed_is_an_error():

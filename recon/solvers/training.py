@@ -1,9 +1,9 @@
 """The training loop of the solvers that are coordinate networks: rates, progress, early stop, divergence.
 
-What is minimised is the solver's affair: it hands in a function that goes once through the data. Adam with the
-epsilon that hash grids want (METHODS 1), the rate halved in steps. Where some of the data are held out, training
-ends once they are predicted no better, and the networks return to where they predicted them best: these
-networks fit noise in the end.
+What is minimised is the solver's affair: it hands in a function that goes once through the data. Adam has the
+epsilon that hash grids want (METHODS 1), its rate is halved in steps. Where some of the data are held out,
+training ends once they are predicted no better, and the networks return to where they predicted them best:
+they fit noise in the end.
 """
 
 from __future__ import annotations
