@@ -1,6 +1,7 @@
 """One file a method; SOLVERS lists them all."""
 
 from quantitron.recon.solvers.llr import LocallyLowRank
+from quantitron.recon.solvers.lorein import LoREIN
 from quantitron.recon.solvers.lrt import LowRankTensor
 from quantitron.recon.solvers.lrtv import LowRankTotalVariation
 from quantitron.recon.solvers.model_based import ModelBased
@@ -9,6 +10,7 @@ from quantitron.recon.solvers.subspace import Subspace
 
 __all__ = [
     "SOLVERS",
+    "LoREIN",
     "LocallyLowRank",
     "LowRankTensor",
     "LowRankTotalVariation",
@@ -23,5 +25,6 @@ SOLVERS: tuple[type[Solver], ...] = (
     LowRankTotalVariation,
     LowRankTensor,
     ModelBased,
+    LoREIN,
 )
 """Every method that the XML can name."""
