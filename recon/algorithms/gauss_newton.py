@@ -73,10 +73,10 @@ def gauss_newton(
 
     Args:
         objective: x -> the objective there.
-        start: x of any shape, real.
+        start: x (..., p), real: rows of p unknowns that depend on each other more than on other rows.
         low: bounds, broadcast to x; -inf for none. The start is moved within.
         high: bounds, broadcast to x; inf for none.
-        longest: largest change of each unknown in one step, broadcast to x.
+        longest: largest change of each unknown in one step, broadcast to x; a row is shortened as a whole.
         rounds: steps at most.
         iterations: conjugate gradient iterations for each.
         tolerance: relative residual at which they end before.
@@ -94,7 +94,7 @@ def gauss_newton(
         step = _step(about, x, low, high, iterations, tolerance)
         if not bool(torch.isfinite(step).all()):
             return Descent(x, tuple(values), "not finite")
-        step = torch.minimum(torch.maximum(step, -longest), longest)
+        step = _shortened(step, about.gradient, longest)
         finite = False
         for _ in range(halvings + 1):
             candidate = torch.minimum(torch.maximum(x + step, low), high)
@@ -112,6 +112,13 @@ def gauss_newton(
         if values[-2] - values[-1] <= change:
             return Descent(x, tuple(values), "settled")
     return Descent(x, tuple(values), "rounds")
+
+
+def _shortened(step: Tensor, gradient: Tensor, longest: Tensor) -> Tensor:
+    """Rows made shorter one by one where that still leads downhill, else all alike."""
+    factor = (longest / step.abs()).nan_to_num(nan=1.0).amin(-1, keepdim=True).clamp_max(1)
+    shortened = factor * step
+    return shortened if float((gradient * shortened).sum()) < 0 else factor.min() * step
 
 
 def _step(
