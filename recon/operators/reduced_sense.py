@@ -63,10 +63,7 @@ class ReducedSense(LinearOperator):
         # Only as many contrast components as the coefficients can reach are transformed and summed over.
         self._span = _reachable(mixing).to(csm.device)  # (l, r)
         self._mixing = self._within_span(mixing)  # (e, r, k)
-        gram = torch.fft.ifftshift(reduced.gram[0], dim=(1, 2)).to(csm.device)  # (e, z, y, l, l)
-        span = self._span.to(gram.dtype)
-        gram = span.mH @ gram @ span  # (e, z, y, r, r)
-        self._gram = gram.permute(0, 3, 4, 1, 2).contiguous()  # (e, r, r, z, y)
+        self._gram = self._spanned_gram(reduced)
         self._gram_is_real = not self._gram.is_complex()
         self._reduced = reduced
         self._phase = None
@@ -88,6 +85,29 @@ class ReducedSense(LinearOperator):
         other._mixing = self._within_span(mixing)
         return other
 
+    def with_sums(self, reduced: ReducedKSpace) -> ReducedSense:
+        """The same slice, maps, field and basis with the sums of other lines, such as some of them.
+
+        Raises:
+            ValueError: if the sums are of another shape.
+        """
+        if reduced.projected.shape != self._reduced.projected.shape:
+            raise ValueError(
+                f"sums of shape {tuple(reduced.projected.shape)} cannot take the place of "
+                f"{tuple(self._reduced.projected.shape)}"
+            )
+        other = copy(self)
+        other._reduced, other._gram = reduced, self._spanned_gram(reduced)
+        other._gram_is_real = not other._gram.is_complex()
+        return other
+
+    def _spanned_gram(self, reduced: ReducedKSpace) -> Tensor:
+        """G within the span, uncentred: (e, r, r, z, y)."""
+        gram = torch.fft.ifftshift(reduced.gram[0], dim=(1, 2)).to(self._csm.device)  # (e, z, y, l, l)
+        span = self._span.to(gram.dtype)
+        spanned: Tensor = span.mH @ gram @ span  # (e, z, y, r, r)
+        return spanned.permute(0, 3, 4, 1, 2).contiguous()
+
     def _within_span(self, mixing: Tensor) -> Tensor:
         """(e, l, k) -> (e, r, k)."""
         span = self._span.to(self._dtype)
@@ -96,6 +116,12 @@ class ReducedSense(LinearOperator):
         if (span @ inside - mixing).abs().max() > 1e-4 * mixing.abs().max():
             raise ValueError("the coefficients reach contrast components that the operator was not made for")
         return inside
+
+    @property
+    def csm(self) -> Tensor:
+        """(x, c, z, y) coil sensitivity maps."""
+        csm: Tensor = torch.fft.fftshift(self._csm, dim=_AXES)
+        return csm
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -107,6 +133,11 @@ class ReducedSense(LinearOperator):
     def samples(self) -> int:
         """Complex samples acquired, over coils and readout."""
         return self._reduced.samples
+
+    @property
+    def energy(self) -> float:
+        """||s||^2."""
+        return self._reduced.energy
 
     @property
     def device(self) -> torch.device:
@@ -164,21 +195,49 @@ class ReducedSense(LinearOperator):
         image: Tensor = torch.fft.fftshift(result, dim=_AXES)
         return image
 
+    def value_and_gradients(
+        self, part: slice, coefficients: Tensor, csm: Tensor
+    ) -> tuple[float, Tensor, Tensor]:
+        """1/2 sum ||s - A U||^2 - 1/2 ||s||^2 of some readout positions, for coil maps that are unknown too.
+
+        Args:
+            part: the readout positions.
+            coefficients: U (x, k, z, y) of these.
+            csm: (x, c, z, y) coil maps of these, in the place of the operator's.
+
+        Returns:
+            The value; its gradients by U and by the coil maps, of their shapes: along a change d the value
+            rises by Re <gradient, d>.
+        """
+        coefficients, csm = (torch.fft.ifftshift(images, dim=_AXES) for images in (coefficients, csm))
+        images = self._echo_images(part, coefficients)[:, None]  # (x, 1, e, r, z, y)
+        sensitivity = csm[:, :, None, None]  # (x, c, 1, 1, z, y)
+        spectrum = torch.fft.fft2(images * sensitivity, norm="ortho")  # (x, c, e, r, z, y)
+        applied, data = self._apply_gram(spectrum), self._data_spectrum(part)
+        value = 0.5 * _real_inner(spectrum, applied) - _real_inner(spectrum, data)
+        slope = torch.fft.ifft2(applied - data, norm="ortho")
+        by_coefficients = self._coefficients(part, (slope * sensitivity.conj()).sum(1))
+        by_csm = (slope * images.conj()).sum((2, 3))
+        gradients = (torch.fft.fftshift(gradient, dim=_AXES) for gradient in (by_coefficients, by_csm))
+        return value, *gradients
+
+    def _data_spectrum(self, part: slice) -> Tensor:
+        """b of some readout positions within the span, uncentred: (x, c, e, r, z, y)."""
+        lines = self._reduced.projected[0][..., part].to(self._csm)  # (e, z, y, l, c, x)
+        spectrum = torch.einsum("lr,ezylcx->xcerzy", self._span.to(self._dtype).conj(), lines)
+        data: Tensor = torch.fft.ifftshift(spectrum, dim=_AXES)
+        return data
+
     def adjoint(self, y: Tensor) -> Tensor:
         """The operator is its own adjoint."""
         return self.forward(y)
 
     def adjoint_data(self) -> Tensor:
         """A^H s from the sums b: (x, k, z, y)."""
-        projected = self._reduced.projected[0]  # (e, z, y, l, c, x)
-        span = self._span.to(self._dtype)
         result = self._csm.new_zeros(self.shape)
         for start in range(0, self._csm.shape[0], self._batch):
             part = slice(start, start + self._batch)
-            lines = projected[..., part].to(self._csm)
-            spectrum = torch.einsum("lr,ezylcx->xcerzy", span.conj(), lines)
-            spectrum = torch.fft.ifftshift(spectrum, dim=_AXES)
-            coil_images = torch.fft.ifft2(spectrum, norm="ortho")
+            coil_images = torch.fft.ifft2(self._data_spectrum(part), norm="ortho")
             csm = self._csm[part, :, None, None]
             result[part] = self._coefficients(part, (coil_images * csm.conj()).sum(1))
         image: Tensor = torch.fft.fftshift(result, dim=_AXES)
@@ -198,6 +257,12 @@ class ReducedSense(LinearOperator):
         quadratic = torch.vdot(image.flatten(), self.forward(coefficients).to(image).flatten()).real
         linear = torch.vdot(image.flatten(), adjoint_data.to(image).flatten()).real
         return float(quadratic - 2 * linear) + self._reduced.energy
+
+
+def _real_inner(left: Tensor, right: Tensor) -> float:
+    """Re <left, right>, summed in double precision."""
+    products = torch.view_as_real(left) * torch.view_as_real(right)
+    return float(products.sum(dtype=torch.float64))
 
 
 def _reachable(mixing: Tensor) -> Tensor:

@@ -80,6 +80,17 @@ class MapModel:
         result: Tensor = _Coefficients.apply(theta, self)  # type: ignore[no-untyped-call]
         return result
 
+    def frames(self, theta: Tensor) -> Tensor:
+        """The signals themselves, in no basis: (v, w, e) complex, the field map's part left out.
+
+        Differentiable by theta. For the data term by frames; all frames of all voxels are held at once.
+        """
+        values = self._values(theta)
+        signal = CONTRAST_SIGNALS[self.protocol.sequence]
+        contrast = signal(self._contrast_parameters(values), self.protocol, None)  # (v, w)
+        echo = torch.polar(values["amplitude"], values["phase"])[:, None] * self._echo(values).T  # (v, e)
+        return contrast[:, :, None] * echo[:, None]
+
     def jacobian(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """U (v, k) and its derivatives J (v, p, k) by each unknown; no gradient goes through them."""
         with torch.no_grad():

@@ -28,10 +28,12 @@ from quantitron.recon.priors.block_matching import match_blocks
 from quantitron.recon.priors.weighted_nuclear_norm import shrink_stacks
 from quantitron.recon.signal.map_model import TIMES
 from quantitron.recon.solvers.cartesian import CartesianSolver, LinearEstimate
+from quantitron.recon.solvers.lorein_joint import JointSettings, JointTraining
 from quantitron.recon.solvers.map_estimate import MapEstimate, start_from
 from quantitron.recon.solvers.map_networks import MapNetworks, marginal_precision
 from quantitron.recon.solvers.model_based import Attraction, ModelBased
 from quantitron.recon.solvers.solver import Progress
+from quantitron.recon.solvers.training import TrainingDiverged
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class LoREIN(ModelBased):
 
     name: ClassVar[str] = "lorein"
 
+    training: str = field(default="alternating", metadata={"choices": ("alternating", "joint")})
+    """How the objective is minimised; ``joint`` is the published form, and takes the settings below ``epochs``."""
     preview: bool = True
     """Whether the maps of the linear estimate are sent as soon as they are there."""
     weight: float = field(default=0.1, metadata={"above": 0})
@@ -69,6 +73,34 @@ class LoREIN(ModelBased):
     similar: int = field(default=16, metadata={"minimum": 2})
     """Patches in a stack."""
 
+    epochs: int = field(default=200, metadata={"minimum": 1})
+    """Times through the data, of ``joint``."""
+    halve_every: int = field(default=80, metadata={"minimum": 0})
+    """Epochs after which the learning rate is halved; 0 never."""
+    learning_rate: float = field(default=1e-3, metadata={"above": 0})
+    """Of Adam."""
+    low_rank_epochs: int = field(default=20, metadata={"minimum": 0})
+    """Epochs in which the LRR block is trained alone."""
+    batch: int = field(default=4, metadata={"minimum": 1})
+    """Readout positions in a step."""
+    start_steps: int = field(default=0, metadata={"minimum": 0})
+    """Steps of fitting the networks to the linear estimate and its maps beforehand; 0: from constants."""
+    convolution: bool = True
+    """Whether the LRR block has its convolutional network."""
+    coils: str = field(default="estimated", metadata={"choices": ("estimated", "given")})
+    """Whether a network changes the coil maps, or they stay as ESPIRiT found them."""
+    data_term: str = field(default="reduced", metadata={"choices": ("reduced", "frames")})
+    """The data term's form; ``frames`` is the reference, and slow."""
+    held_out: float = field(default=0.03, metadata={"minimum": 0, "maximum": 0.5})
+    """Share of the lines that are not trained on and end the training once they are predicted no better."""
+    patience: int = field(default=5, metadata={"minimum": 0})
+    """Epochs without a better prediction after which it ends; 0: it runs to the end."""
+
+    @property
+    def needs_lines(self) -> bool:
+        """Joint training holds lines out, or goes through the frames."""
+        return self.training == "joint" and (self.held_out > 0 or self.data_term == "frames")
+
     def solve(self, problem: Problem, progress: Progress) -> Iterator[Maps]:
         """Reconstruct one slice: the linear estimate's maps first, as a preview, then LoREIN's."""
         self._check_size(problem)
@@ -82,7 +114,16 @@ class LoREIN(ModelBased):
         if not len(start.theta):
             yield linear
             return
-        found = self._alternating(estimate, start, problem, progress)
+        if self.training == "joint":
+            training = JointTraining(problem, estimate, start, self._joint_settings())
+            try:
+                networks, _ = training.run(lambda doing, share: progress(doing, 0.5 + 0.5 * share))
+            except TrainingDiverged as error:
+                yield replace(linear, failure=f"{error}; the maps are those of the linear estimate")
+                return
+            found = training.unknowns(networks)
+        else:
+            found = self._alternating(estimate, start, problem, progress)
         residual = estimate.residual_to_noise(found.coefficients())
         yield found.delivered(
             estimate,
@@ -105,6 +146,25 @@ class LoREIN(ModelBased):
                 f"planes of {nx} x {ny} voxels are too small for stacks of {self.similar} patches of "
                 f"{self.patch} x {self.patch}; set wnnm to 0 for them"
             )
+
+    def _joint_settings(self) -> JointSettings:
+        return JointSettings(
+            epochs=self.epochs,
+            halve_every=self.halve_every,
+            learning_rate=self.learning_rate,
+            low_rank_epochs=self.low_rank_epochs,
+            batch=self.batch,
+            start_steps=self.start_steps,
+            convolution=self.convolution,
+            estimate_coils=self.coils == "estimated",
+            frames=self.data_term == "frames",
+            held_out=self.held_out,
+            patience=self.patience,
+            wnnm=self.wnnm,
+            shared_encoder=self.shared_encoder,
+            levels=self.levels,
+            log2_rows=self.log2_rows,
+        )
 
     def _alternating(
         self, estimate: LinearEstimate, start: MapEstimate, problem: Problem, progress: Progress

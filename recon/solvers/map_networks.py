@@ -33,7 +33,8 @@ def marginal_precision(maps: MapEstimate, weight: Tensor) -> Tensor:
     size = blocks.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(blocks.dtype).tiny)
     scaled = blocks * size.rsqrt()[:, :, None] * size.rsqrt()[:, None]
     inverse = torch.linalg.inv(scaled + 1e-6 * torch.eye(scaled.shape[1]).to(scaled))
-    return size / inverse.diagonal(dim1=1, dim2=2).clamp_min(1)
+    precision: Tensor = size / inverse.diagonal(dim1=1, dim2=2).clamp_min(1)
+    return precision
 
 
 class MapNetworks:
@@ -134,4 +135,5 @@ class MapNetworks:
             if progress is not None:
                 progress((step + 1) / steps)
         with torch.no_grad():
-            return self.field(self._samples).log().T
+            fitted: Tensor = self.field(self._samples).log().T
+        return fitted
