@@ -7,6 +7,7 @@ from quantitron.recon.solvers.lrtv import LowRankTotalVariation
 from quantitron.recon.solvers.model_based import ModelBased
 from quantitron.recon.solvers.solver import Solver
 from quantitron.recon.solvers.subspace import Subspace
+from quantitron.recon.solvers.summit import Summit
 
 __all__ = [
     "SOLVERS",
@@ -17,6 +18,7 @@ __all__ = [
     "ModelBased",
     "Solver",
     "Subspace",
+    "Summit",
 ]
 
 SOLVERS: tuple[type[Solver], ...] = (
@@ -26,5 +28,6 @@ SOLVERS: tuple[type[Solver], ...] = (
     LowRankTensor,
     ModelBased,
     LoREIN,
+    Summit,
 )
 """Every method that the XML can name."""
