@@ -136,6 +136,7 @@ def scan_of_ellipses(
         Encoding(grid, (0.1, 0.2, 0.2), grid, coils=coils),
         protocol,
         reduce_kspace(scan, dictionary_basis(protocol, rank)),
+        kspace=scan,
         calibration=Calibration(calibration, count),
         noise_known=noise > 0,
     )
