@@ -1,4 +1,4 @@
-"""LoREIN's LRR block: coordinates -> coarse coefficient images -> convolutional network -> coefficient images.
+"""LoREIN's LRR block: coordinates -> coarse coefficient images -> convolutional network -> refined ones.
 
 The coordinate network gives every coefficient by itself; the convolutional one lets them share structure: it
 goes down once by strided convolution and up again by transposed convolution, and between the two an
@@ -53,7 +53,12 @@ class SharedFeatureNetwork(nn.Module):
         for parameter in self.parameters():
             with torch.no_grad():
                 if parameter.ndim > 1:
-                    bound = (3 / parameter[0].numel()) ** 0.5
+                    # Variance 1 / values that an output sees: of a transposed convolution, every second
+                    # place of the kernel along each axis, and its first axis is the input's.
+                    seen = (
+                        parameter[:, 0].numel() / 4 if parameter is self.up.weight else parameter[0].numel()
+                    )
+                    bound = (3 / seen) ** 0.5
                     parameter.copy_((2 * torch.rand(parameter.shape, generator=generator) - 1) * bound)
                 else:
                     parameter.zero_()
