@@ -63,8 +63,11 @@ def test_value_is_the_formula(smoothing):
     )
 
 
-def test_gradient_is_that_of_finite_differences():
-    variation, theta, step = _variation(), _maps(1), 1e-6
+@pytest.mark.parametrize("varying", [False, True])
+def test_gradient_is_that_of_finite_differences(varying):
+    weights = [weight * (_maps(30)[:, :1].abs() if varying else 1) for weight in WEIGHTS]
+    variation = MapVariation(_mask(), VOXEL, GROUPS, weights, SCALE, 0.1, (PHASE,))
+    theta, step = _maps(1), 1e-6
     gradient = variation.gradient(theta)
     for seed in range(5):
         direction = _maps(10 + seed)
@@ -98,6 +101,21 @@ def test_the_quadratic_is_symmetric_and_its_diagonal_exact():
     torch.testing.assert_close(matrix, matrix.T)
     torch.testing.assert_close(matrix.diagonal(), variation.diagonal(weights).flatten())
     assert float(torch.linalg.eigvalsh(matrix)[0]) > -1e-10
+
+
+def test_weights_may_vary_in_space():
+    theta, mask = _maps(0), _mask()
+    half = torch.zeros_like(theta[:, :1])
+    half[:2] = 1
+
+    def value(*weights):
+        return MapVariation(mask, VOXEL, GROUPS, weights, SCALE, 0.1, (PHASE,)).value(theta)
+
+    everywhere = torch.ones_like(half)
+    assert value(0.7 * everywhere, 1.9 * everywhere) == pytest.approx(value(0.7, 1.9), rel=1e-12)
+    parts = value(0.7 * half, 0.0) + value(0.7 * (1 - half), 0.0)
+    assert parts == pytest.approx(value(0.7, 0.0), rel=1e-12)
+    assert value(0.7 * half, 0.0) < value(0.7, 0.0)
 
 
 def test_a_whole_turn_of_phase_costs_nothing():

@@ -1,9 +1,9 @@
 """Total variation of parameter maps, in groups of maps whose edges lie in the same places.
 
-    R(theta) = sum_g weight_g n_g sum_r sqrt( sum_(a, j in g) |(D_a theta_j)(r) / s_j|^2 + (epsilon n_g)^2 )
+    R(theta) = sum_g n_g sum_r weight_g(r) sqrt( sum_(a, j in g) |(D_a theta_j)(r) / s_j|^2 + (eps n_g)^2 )
 
 s_j is a typical difference of map j between neighbours and n_g the length of a typical difference of group g,
-sqrt(directions * maps in it): maps of any unit weigh alike, and differences below the share epsilon of the
+sqrt(directions * maps in it): maps of any unit weigh alike, and differences below the share eps of the
 typical one cost their square. Only differences between two voxels that are both in the mask count, and
 differences of phases are taken the short way round the circle.
 
@@ -30,7 +30,7 @@ class MapVariation:
         mask: Tensor,
         voxel_size: tuple[float, float, float],
         groups: Sequence[Sequence[int]],
-        weights: Sequence[float],
+        weights: Sequence[float | Tensor],
         scale: Tensor,
         smoothing: float = 0.1,
         angles: Collection[int] = (),
@@ -41,9 +41,9 @@ class MapVariation:
             mask: (x, z, y) bool, the voxels that count.
             voxel_size: edges [m] along (x, z, y). Only their ratios count.
             groups: numbers of the maps that share edges; a map in no group is not penalised.
-            weights: one a group, not negative.
+            weights: one a group, not negative; a tensor (x, 1, z, y) varies in space.
             scale: s (p,), typical differences, above zero.
-            smoothing: epsilon, above zero.
+            smoothing: eps, above zero.
             angles: numbers of the maps that are phases [rad].
 
         Raises:
@@ -72,8 +72,8 @@ class MapVariation:
         scaled = self._differences(theta) * self._inverse_scale
         total = 0.0
         for group, weight, typical in self._groups:
-            length = self._length(scaled, group, typical)
-            total += weight * typical * float((length * self._mask).sum(dtype=torch.float64))
+            length = weight * self._length(scaled, group, typical)
+            total += typical * float((length * self._mask).sum(dtype=torch.float64))
         return total
 
     def reweighting(self, theta: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ from quantitron.recon.solvers.cartesian import CartesianSolver, LinearEstimate
 from quantitron.recon.solvers.lorein_joint import JointSettings, JointTraining
 from quantitron.recon.solvers.map_estimate import MapEstimate, start_from
 from quantitron.recon.solvers.map_networks import MapNetworks, marginal_precision
-from quantitron.recon.solvers.model_based import Attraction, ModelBased
+from quantitron.recon.solvers.map_objective import Attraction
+from quantitron.recon.solvers.model_based import ModelBased
 from quantitron.recon.solvers.solver import Progress
 from quantitron.recon.solvers.training import TrainingDiverged
 

@@ -19,15 +19,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from quantitron.recon.algorithms.gauss_newton import Linearisation, gauss_newton
+from quantitron.recon.algorithms.gauss_newton import gauss_newton
 from quantitron.recon.data import Maps, Problem
 from quantitron.recon.priors.map_variation import MapVariation, typical_differences
-from quantitron.recon.signal.map_model import TIMES, normal_blocks, pull_back, push_forward
+from quantitron.recon.signal.map_model import TIMES, normal_blocks
 from quantitron.recon.solvers.cartesian import CartesianSolver, LinearEstimate
 from quantitron.recon.solvers.map_estimate import MapEstimate, start_from
+from quantitron.recon.solvers.map_objective import Attraction, MapObjective
 from quantitron.recon.solvers.solver import Progress
 
 logger = logging.getLogger("quantitron")
@@ -37,10 +37,10 @@ LONGEST_STEP = 0.7
 the phase of the last echo."""
 LEAST_DIFFERENCE = 1e-4
 """Least typical difference of a map, in the same units: maps without any noise are not weighed by nothing."""
+LEAST_SHARE = 1e-3
+"""Least of what the data say of a voxel, in units of what they say of the middle one; its inverse: most."""
 USUAL_ROUNDS = 4
 """Gauss-Newton steps that the progress reckons with."""
-DAMPING = 1e-3
-"""Share of the diagonal of J^H A^H A J that is added to it (Marquardt 1963)."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ class ModelBased(CartesianSolver):
             return linear
         progress("model-based steps", 0.5)
         found = self.descend(estimate, start, lambda share: progress("model-based steps", 0.5 + 0.5 * share))
+        logger.info(
+            "%.1e of the signal energy of the maps lies outside the basis of rank %d",
+            found.model.out_of_subspace(found.theta),
+            estimate.basis.rank,
+        )
         residual = estimate.residual_to_noise(found.coefficients())
         return found.delivered(
             estimate,
@@ -126,118 +131,24 @@ class ModelBased(CartesianSolver):
         return replace(start, theta=descent.x)
 
     def variation(self, estimate: LinearEstimate, start: MapEstimate) -> MapVariation:
-        """R, its scale that of the differences of the maps to start from."""
+        """R, its scale that of the differences of the maps to start from.
+
+        Where the data say more of a group's maps, its differences cost more: their standard deviations to the
+        power of -1/2. A constant weight would be right if only the maps counted, and the power -1 would take
+        away the same share of the noise everywhere; half-way between them was best for all sequences.
+        """
         names = start.model.names
         angles = [names.index("phase")]
-        groups = [
-            [number for number, name in enumerate(names) if (name in TIMES) == times]
-            for times in (True, False)
-        ]
-        weights = [self.weight * estimate.noise, self.amplitude_weight * estimate.noise]
-        typical = typical_differences(
-            start.images(start.theta),
-            start.mask,
-            estimate.voxel_size,
-            LEAST_DIFFERENCE * start.model.units(start.theta),
-            angles,
-        )
+        maps, units = start.images(start.theta), start.model.units(start.theta)
+        typical = typical_differences(maps, start.mask, estimate.voxel_size, LEAST_DIFFERENCE * units, angles)
+        _, jacobian = start.model.jacobian(start.theta)
+        blocks = normal_blocks(jacobian, estimate.operator.mean_diagonal())
+        information = blocks.diagonal(dim1=1, dim2=2) * typical.square()  # (v, p), differences as units
+        groups, weights = [], []
+        for weight, times in ((self.weight, True), (self.amplitude_weight, False)):
+            group = [number for number, name in enumerate(names) if (name in TIMES) == times]
+            known = information[:, group].mean(1, keepdim=True)
+            share = (known / known.median()).nan_to_num(nan=1.0).clamp(LEAST_SHARE, 1 / LEAST_SHARE)
+            groups.append(group)
+            weights.append(weight * estimate.noise * start.images(share**0.25))
         return MapVariation(start.mask, estimate.voxel_size, groups, weights, typical, self.smoothing, angles)
-
-
-@dataclass(frozen=True)
-class Attraction:
-    """1/2 sum strength (theta - centre)^2: what another source says of the unknowns."""
-
-    centre: Tensor
-    """(v, p), in the units of theta."""
-    strength: Tensor
-    """(v, p), in units of the data term's curvature; 0 where nothing is said."""
-
-    def value(self, theta: Tensor) -> float:
-        """At theta (v, p)."""
-        return 0.5 * float((self.strength * (theta - self.centre).square()).sum(dtype=torch.float64))
-
-
-class MapObjective:
-    """Data term and R of the unknowns inside the mask; the background's part is taken out of the data."""
-
-    def __init__(
-        self,
-        estimate: LinearEstimate,
-        start: MapEstimate,
-        variation: MapVariation,
-        attraction: Attraction | None = None,
-    ) -> None:
-        """Set up.
-
-        Args:
-            estimate: the data term.
-            start: mask, model and background; any unknowns can be asked about.
-            variation: R.
-            attraction: a further term; none by default.
-        """
-        nothing = torch.zeros_like(start.theta)
-        self.start, self.variation = start, variation
-        self.attraction = attraction or Attraction(nothing, nothing)
-        self._operator = estimate.operator
-        self._data = start.values(estimate.data - estimate.operator(start.background))  # (v, k)
-
-    def __call__(self, theta: Tensor) -> _Point:
-        """The objective at theta (v, p); 1/2 ||s - A background||^2 of it is left out."""
-        with torch.no_grad():
-            u = self.start.model.coefficients(theta)
-        image = self.gram(u)
-        value = _inner(u, 0.5 * image - self._data) + self.variation.value(self.start.images(theta))
-        value += self.attraction.value(theta)
-        return _Point(self, theta, value, image - self._data)
-
-    def gram(self, u: Tensor) -> Tensor:
-        """A^H A within the mask: (v, k) -> (v, k)."""
-        return self.start.values(self._operator(self.start.images(u)))
-
-    def mean_diagonal(self) -> Tensor:
-        """Mean over k-space of the diagonal of A^H A: (k,)."""
-        return self._operator.mean_diagonal()
-
-
-@dataclass(frozen=True)
-class _Point:
-    objective: MapObjective
-    theta: Tensor
-    value: float
-    slope: Tensor
-    """(v, k): gradient of the data term by the coefficients."""
-
-    def linearise(self) -> Linearisation:
-        objective, start, variation = self.objective, self.objective.start, self.objective.variation
-        _, jacobian = start.model.jacobian(self.theta)
-        maps = start.images(self.theta)
-        weights = variation.reweighting(maps)
-        blocks = normal_blocks(jacobian, objective.mean_diagonal())  # (v, p, p)
-        size = blocks.diagonal(dim1=1, dim2=2)
-        # What leaves no trace in the signal is damped as well.
-        attraction = objective.attraction
-        damping = DAMPING * (size + 1e-3 * size.mean(1, keepdim=True)) + 1e-9 * size.mean()
-        damping = damping + attraction.strength
-        # As for the images, a weight below that of the diagonal suits what is smooth.
-        diagonal = damping + 0.5 * start.values(variation.diagonal(weights))
-        inverse = torch.linalg.inv_ex(blocks + torch.diag_embed(diagonal))[0]
-
-        def normal(step: Tensor) -> Tensor:
-            data = pull_back(jacobian, objective.gram(push_forward(jacobian, step)))
-            edges = start.values(variation.quadratic(start.images(step), weights))
-            return data + edges + damping * step
-
-        return Linearisation(
-            pull_back(jacobian, self.slope)
-            + start.values(variation.gradient(maps, weights))
-            + attraction.strength * (self.theta - attraction.centre),
-            normal,
-            lambda residual: (inverse @ residual[:, :, None])[:, :, 0],
-        )
-
-
-def _inner(left: Tensor, right: Tensor) -> float:
-    """Re <left, right>, summed in double precision: terms of it nearly cancel."""
-    double = torch.complex128
-    return float(torch.vdot(left.flatten().to(double), right.flatten().to(double)).real)
