@@ -67,7 +67,7 @@ class Reconstruct(Gadget):
         ).with_method(method)
 
     def prepare(self, context: Context) -> None:
-        """Refuse what can be refused before data flows: the device, the sequence, the rank."""
+        """Refuse what can be refused before data flows: the device, the sequence, the rank, the grid."""
         try:
             choose_device(self.device)
         except ValueError as error:
@@ -82,6 +82,10 @@ class Reconstruct(Gadget):
             rank, frames = getattr(self.method, entry.name), context.protocol.frames
             if entry.name.endswith("rank") and isinstance(rank, int) and rank > frames:
                 raise ScanError(f"reconstruct.{entry.name} {rank} is above the {frames} frames of the scan")
+        try:
+            self.method.check(context.encoding, context.protocol)
+        except ValueError as error:
+            raise ScanError(f"solver '{self.solver}': {error}") from error
         context.needs_lines = context.needs_lines or self.method.needs_lines
         context.seed = self.seed
 

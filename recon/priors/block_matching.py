@@ -69,6 +69,32 @@ class Matches:
         return functional.embedding_bag(self.order, entries, self.start, mode="sum")
 
 
+def check_planes(
+    nx: int, ny: int, patch: int = 5, window: int = 7, similar: int = 3, stride: int = 1
+) -> None:
+    """Refuse settings of ``match_blocks`` that are none, or do not fit planes of nx x ny voxels.
+
+    Raises:
+        ValueError: if a setting is out of range, the planes are smaller than a patch or have too few
+            positions for the stack.
+    """
+    if patch < 1 or stride < 1 or similar < 2 or window < 1 or window % 2 == 0:
+        raise ValueError(
+            "block matching needs patch >= 1, stride >= 1, similar >= 2 and an odd window, not "
+            f"patch {patch}, stride {stride}, similar {similar}, window {window}"
+        )
+    if min(nx, ny) < patch:
+        raise ValueError(f"planes of {nx} x {ny} voxels are smaller than a patch of {patch} x {patch}")
+    reach = window // 2
+    # A reference patch in a corner has the fewest neighbours.
+    positions = (min(nx - patch, reach) + 1) * (min(ny - patch, reach) + 1)
+    if positions < similar:
+        raise ValueError(
+            f"planes of {nx} x {ny} voxels hold {positions} patches of {patch} x {patch} within a window of "
+            f"{window}, fewer than the {similar} of a stack"
+        )
+
+
 def match_blocks(
     image: Tensor,
     patch: int = 5,
@@ -94,22 +120,9 @@ def match_blocks(
         ValueError: if a setting is out of range, the planes are smaller than a patch or have too few
             positions for the stack, no reference patch touches the mask, or the image is not finite.
     """
-    if patch < 1 or stride < 1 or similar < 2 or window < 1 or window % 2 == 0:
-        raise ValueError(
-            "block matching needs patch >= 1, stride >= 1, similar >= 2 and an odd window, not "
-            f"patch {patch}, stride {stride}, similar {similar}, window {window}"
-        )
     nx, nz, ny = image.shape
-    if min(nx, ny) < patch:
-        raise ValueError(f"planes of {nx} x {ny} voxels are smaller than a patch of {patch} x {patch}")
+    check_planes(nx, ny, patch, window, similar, stride)
     reach = window // 2
-    # A reference patch in a corner has the fewest neighbours.
-    positions = (min(nx - patch, reach) + 1) * (min(ny - patch, reach) + 1)
-    if positions < similar:
-        raise ValueError(
-            f"planes of {nx} x {ny} voxels hold {positions} patches of {patch} x {patch} within a window of "
-            f"{window}, fewer than the {similar} of a stack"
-        )
     if image.is_complex() or not bool(torch.isfinite(image).all()):
         raise ValueError("the image for block matching must be real and finite")
     device = image.device

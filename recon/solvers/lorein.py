@@ -10,41 +10,50 @@ components, which carry the relaxation times, last and least:
 1. LRR: coefficient images by conjugate gradients in the learnt low-rank basis (``cartesian.py``);
 2. DC2: Gauss-Newton steps of the maps themselves, with their total variation (``model_based.py``);
 3. PMR: networks are fitted to these maps in the image domain, for a few steps, each voxel weighed by what the
-   data say of it; Gauss-Newton steps then draw the maps towards the networks' as well as towards the data;
+   data say of it; Gauss-Newton steps then draw the maps towards the networks' as well as towards the data,
+   the less, the further the two lie apart in units of the noise;
 4. WNNM: the maps' stacks of similar patches are shrunk by weighted singular values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from quantitron.recon.data import Maps, Problem
-from quantitron.recon.priors.block_matching import match_blocks
+from quantitron.recon.data import Encoding, Maps, Problem, Protocol
+from quantitron.recon.priors.block_matching import check_planes, match_blocks
 from quantitron.recon.priors.weighted_nuclear_norm import shrink_stacks
 from quantitron.recon.signal.map_model import TIMES
 from quantitron.recon.solvers.cartesian import CartesianSolver, LinearEstimate
-from quantitron.recon.solvers.lorein_joint import JointSettings, JointTraining
+from quantitron.recon.solvers.lorein_joint import PUBLISHED_BLOCKS, JointSettings, JointTraining
 from quantitron.recon.solvers.map_estimate import MapEstimate, start_from
 from quantitron.recon.solvers.map_networks import MapNetworks, marginal_precision
 from quantitron.recon.solvers.map_objective import Attraction
 from quantitron.recon.solvers.model_based import ModelBased
 from quantitron.recon.solvers.solver import Progress
-from quantitron.recon.solvers.training import TrainingDiverged
+from quantitron.recon.solvers.training import Schedule, TrainingDiverged, train_with_restart
+
+MEDIAN_SQUARE = 0.455
+"""Median of the square of a normal deviate of variance 1."""
 
 
 @dataclass(frozen=True)
 class LoREIN(ModelBased):
-    """Settings of LoREIN."""
+    """Settings of LoREIN.
+
+    Those of the linear estimate serve both ways of training. Of the others, ``joint`` takes ``wnnm`` and all
+    from ``shared_encoder`` to ``log2_rows`` and from ``epochs`` on, ``alternating`` all before ``epochs``,
+    those of the Gauss-Newton steps included.
+    """
 
     name: ClassVar[str] = "lorein"
 
     training: str = field(default="alternating", metadata={"choices": ("alternating", "joint")})
-    """How the objective is minimised; ``joint`` is the published form, and takes the settings below ``epochs``."""
+    """How the objective is minimised; ``joint`` is the published form."""
     preview: bool = True
     """Whether the maps of the linear estimate are sent as soon as they are there."""
     weight: float = field(default=0.1, metadata={"above": 0})
@@ -60,28 +69,29 @@ class LoREIN(ModelBased):
     network_learning_rate: float = field(default=3e-3, metadata={"above": 0})
     """Of the networks in the fit to the maps."""
     shared_encoder: bool = True
-    """One network for all maps in place of one each."""
+    """Whether the maps share a hash grid, with ``alternating`` the hidden layers too; as published: not."""
     levels: int = field(default=16, metadata={"minimum": 1, "maximum": 32})
     """Resolutions of the hash grid."""
     log2_rows: int = field(default=15, metadata={"minimum": 3, "maximum": 24})
-    """A resolution's table has at most 2^log2_rows rows."""
+    """A resolution's table has at most 2^log2_rows rows; as published: 19."""
     wnnm: float = field(default=0.1, metadata={"minimum": 0})
-    """Strength of the weighted nuclear norm, in units of the maps' noise; 0 leaves it out."""
+    """Strength of the weighted nuclear norm; 0 leaves it out. In units of the maps' noise; with ``joint`` a
+    factor on the published weights, its patches 5 x 5, three to a stack, from 7 x 7 positions."""
     patch: int = field(default=3, metadata={"minimum": 2})
-    """Edge of its patches [voxels]."""
+    """Edge of its patches [voxels], of ``alternating``; the next two likewise."""
     window: int = field(default=9, metadata={"minimum": 1})
-    """Edge of the square of patches that are searched."""
+    """Edge of the square of positions that are searched for similar patches, odd."""
     similar: int = field(default=16, metadata={"minimum": 2})
     """Patches in a stack."""
 
     epochs: int = field(default=200, metadata={"minimum": 1})
-    """Times through the data, of ``joint``."""
+    """Times through the data, of ``joint``, as all that follows."""
     halve_every: int = field(default=80, metadata={"minimum": 0})
     """Epochs after which the learning rate is halved; 0 never."""
     learning_rate: float = field(default=1e-3, metadata={"above": 0})
     """Of Adam."""
     low_rank_epochs: int = field(default=20, metadata={"minimum": 0})
-    """Epochs in which the LRR block is trained alone."""
+    """Epochs in which the LRR block is trained alone; fewer than ``epochs``."""
     batch: int = field(default=4, metadata={"minimum": 1})
     """Readout positions in a step."""
     start_steps: int = field(default=0, metadata={"minimum": 0})
@@ -93,18 +103,63 @@ class LoREIN(ModelBased):
     data_term: str = field(default="reduced", metadata={"choices": ("reduced", "frames")})
     """The data term's form; ``frames`` is the reference, and slow."""
     held_out: float = field(default=0.03, metadata={"minimum": 0, "maximum": 0.5})
-    """Share of the lines that are not trained on and end the training once they are predicted no better."""
+    """Share of the lines that are not trained on and end the training once they are predicted no better.
+
+    The linear estimate, which the networks start from, has seen them."""
     patience: int = field(default=5, metadata={"minimum": 0})
     """Epochs without a better prediction after which it ends; 0: it runs to the end."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict each other.
+
+        Raises:
+            ValueError: if the end of a range is not above its start, the window is even or holds fewer
+                patches than a stack, or joint training ends before the maps have been trained.
+        """
+        super().__post_init__()
+        if self.training == "joint" and self.low_rank_epochs >= self.epochs:
+            raise ValueError(
+                f"low_rank_epochs {self.low_rank_epochs} leave none of the {self.epochs} epochs to the maps"
+            )
+        if self.window % 2 == 0:
+            raise ValueError(f"window {self.window} is even; it has a patch in its middle and must be odd")
+        places = (self.window // 2 + 1) ** 2
+        if places < self.similar:
+            raise ValueError(
+                f"a window of {self.window} has {places} positions in the corner of a plane, fewer than the "
+                f"{self.similar} similar patches of a stack"
+            )
 
     @property
     def needs_lines(self) -> bool:
         """Joint training holds lines out, or goes through the frames."""
         return self.training == "joint" and (self.held_out > 0 or self.data_term == "frames")
 
+    def check(self, encoding: Encoding, protocol: Protocol) -> None:
+        """Refuse scans on which patches cannot be matched, before any work.
+
+        Raises:
+            ValueError: if a plane is smaller than a patch, or holds too few patches.
+        """
+        super().check(encoding, protocol)
+        if self.wnnm > 0:
+            _, ny, nx = encoding.matrix
+            joint = self.training == "joint"
+            blocks = PUBLISHED_BLOCKS if joint else (self.patch, self.window, self.similar)
+            try:
+                check_planes(nx, ny, *blocks)
+            except ValueError as error:
+                raise ValueError(f"{error}; set wnnm to 0 for them") from error
+
     def solve(self, problem: Problem, progress: Progress) -> Iterator[Maps]:
-        """Reconstruct one slice: the linear estimate's maps first, as a preview, then LoREIN's."""
-        self._check_size(problem)
+        """Reconstruct one slice: the linear estimate's maps first, as a preview, then LoREIN's.
+
+        Raises:
+            ValueError: as ``check``, or if frames are asked for and the lines are not at hand.
+        """
+        self.check(problem.encoding, problem.protocol)
+        if self.training == "joint" and self.data_term == "frames" and problem.kspace is None:
+            raise ValueError("the data term by frames needs the sampled lines, which were not kept")
         estimate = self.linear_estimate(problem, lambda doing, share: progress(doing, 0.5 * share))
         linear = CartesianSolver.maps(
             self, estimate, estimate.coefficients, problem, lambda doing, _share: progress(doing, 0.45)
@@ -114,42 +169,18 @@ class LoREIN(ModelBased):
         start = start_from(estimate, linear, problem)
         if not len(start.theta):
             yield linear
-            return
-        if self.training == "joint":
-            training = JointTraining(problem, estimate, start, self._joint_settings())
-            try:
-                networks, _ = training.run(lambda doing, share: progress(doing, 0.5 + 0.5 * share))
-            except TrainingDiverged as error:
-                yield replace(linear, failure=f"{error}; the maps are those of the linear estimate")
-                return
-            found = training.unknowns(networks)
+        elif self.training == "joint":
+            yield self._jointly(problem, estimate, linear, start, progress)
         else:
-            found = self._alternating(estimate, start, problem, progress)
-        residual = estimate.residual_to_noise(found.coefficients())
-        yield found.delivered(
-            estimate,
-            linear,
-            residual_to_noise=residual if problem.noise_known else float("nan"),
-            standard_deviations=self.standard_deviations,
-        )
+            found, failure = self._alternating(estimate, start, problem, progress)
+            yield replace(self.delivered(estimate, linear, found, problem), failure=failure)
         progress("done", 1.0)
 
-    def _check_size(self, problem: Problem) -> None:
-        """Refuse scans on which patches cannot be matched, before any work.
-
-        Raises:
-            ValueError: if a plane is smaller than a patch, or holds too few patches.
-        """
-        ny, nx = problem.reduced.count.shape[3], problem.reduced.projected.shape[-1]
-        places = max(ny - self.patch + 1, 0) * max(nx - self.patch + 1, 0)
-        if self.wnnm > 0 and places < self.similar:
-            raise ValueError(
-                f"planes of {nx} x {ny} voxels are too small for stacks of {self.similar} patches of "
-                f"{self.patch} x {self.patch}; set wnnm to 0 for them"
-            )
-
-    def _joint_settings(self) -> JointSettings:
-        return JointSettings(
+    def _jointly(
+        self, problem: Problem, estimate: LinearEstimate, linear: Maps, start: MapEstimate, progress: Progress
+    ) -> Maps:
+        """The networks' maps; the linear estimate's, where the networks could not be trained."""
+        settings = JointSettings(
             epochs=self.epochs,
             halve_every=self.halve_every,
             learning_rate=self.learning_rate,
@@ -166,11 +197,19 @@ class LoREIN(ModelBased):
             levels=self.levels,
             log2_rows=self.log2_rows,
         )
+        training = JointTraining(problem, estimate, start, settings)
+        try:
+            networks, _ = training.run(lambda doing, share: progress(doing, 0.5 + 0.5 * share))
+        except TrainingDiverged as error:
+            return replace(linear, failure=f"lorein: {error}; the maps are those of the linear estimate")
+        found = training.unknowns(networks)
+        return self.delivered(estimate, linear, found, problem, training.residual_to_noise(networks, found))
 
     def _alternating(
         self, estimate: LinearEstimate, start: MapEstimate, problem: Problem, progress: Progress
-    ) -> MapEstimate:
-        """Gauss-Newton steps, networks, and WNNM in turns."""
+    ) -> tuple[MapEstimate, str]:
+        """Gauss-Newton steps, networks, and WNNM in turns; and what went wrong, if anything did."""
+        failure = ""
         variation = self.variation(estimate, start)
         found = self.descend(
             estimate,
@@ -178,49 +217,83 @@ class LoREIN(ModelBased):
             lambda share: progress("Gauss-Newton steps of the maps", 0.5 + 0.2 * share),
             variation=variation,
         )
-        weight = estimate.operator.mean_diagonal()
-        networks = None
+        if not set(TIMES) & set(found.model.names):
+            return found, failure  # one contrast at one echo: there is nothing but the amplitude
+        networks: MapNetworks | None = None
         for number in range(self.network_rounds):
-            precision = marginal_precision(found, weight)
-            if networks is None:
-                networks = MapNetworks(
-                    found,
-                    estimate.voxel_size,
-                    torch.Generator().manual_seed(problem.seed),
-                    shared_encoder=self.shared_encoder,
-                    levels=self.levels,
-                    log2_rows=self.log2_rows,
-                    learning_rate=self.network_learning_rate,
-                )
-            done = (0.7 + 0.2 * number / self.network_rounds, 0.2 / self.network_rounds)
-            fitted = networks.fit(
-                found.theta,
-                precision,
-                self.network_steps,
-                progress=lambda share, done=done: progress("map networks", done[0] + done[1] * share),  # type: ignore[misc]
-            )
+            precision = marginal_precision(found, estimate.operator.mean_diagonal())
+            first, length = 0.7 + 0.2 * number / self.network_rounds, 0.2 / self.network_rounds
+
+            def fitting(share: float, first: float = first, length: float = length) -> None:
+                progress("map networks", first + length * share)
+
+            try:
+                networks = self._fitted(networks, found, estimate, precision, problem.seed, fitting)
+            except TrainingDiverged as error:
+                failure = f"lorein: {error}; the maps are those without networks"
+                break
             found = self.descend(
                 estimate,
                 found,
-                lambda share: None,
+                lambda _share: None,
                 rounds=1,
                 variation=variation,
-                attraction=self._towards(found, fitted, networks.columns, precision),
+                attraction=self._towards(found, networks, precision, estimate.noise),
             )
         if self.wnnm > 0:
             progress("weighted nuclear norm", 0.95)
             found = self._shrunk(estimate, found)
-        return found
+        return found, failure
+
+    def _fitted(
+        self,
+        networks: MapNetworks | None,
+        found: MapEstimate,
+        estimate: LinearEstimate,
+        precision: Tensor,
+        seed: int,
+        progress: Callable[[float], None],
+    ) -> MapNetworks:
+        """Networks, new ones where there are none, fitted to the maps; once more at half the rate if need be.
+
+        Raises:
+            TrainingDiverged: if both fits diverge.
+        """
+        given = iter([networks])
+
+        def make() -> MapNetworks:
+            return next(given, None) or MapNetworks(
+                found,
+                estimate.voxel_size,
+                torch.Generator().manual_seed(seed),
+                shared_encoder=self.shared_encoder,
+                levels=self.levels,
+                log2_rows=self.log2_rows,
+            )
+
+        fitted, _ = train_with_restart(
+            make,
+            lambda networks, schedule: networks.fit(found.theta, precision, schedule, progress),
+            Schedule(self.network_steps, self.network_learning_rate),
+        )
+        return fitted
 
     def _towards(
-        self, found: MapEstimate, fitted: Tensor, columns: list[int], precision: Tensor
+        self, found: MapEstimate, networks: MapNetworks, precision: Tensor, noise: float
     ) -> Attraction:
-        """The networks' times as an expectation of the maps'; amplitudes are left to the data."""
+        """The networks' times as an expectation of the maps'; amplitudes are left to the data.
+
+        Where the networks differ from the maps by more than the noise explains, it is they that are wrong.
+        """
+        fitted = networks.logarithms()
         centre, strength = found.theta.clone(), torch.zeros_like(found.theta)
-        for position, column in enumerate(columns):
+        for position, column in enumerate(networks.columns):
             if found.model.names[column] in TIMES:
                 centre[:, column] = fitted[:, position]
-                strength[:, column] = self.network_weight * precision[:, column]
+                distance = (centre[:, column] - found.theta[:, column]).square() * precision[:, column]
+                explained = MEDIAN_SQUARE * 0.5 * noise
+                share = explained / max(explained, float(distance.median())) if explained > 0 else 0.0
+                strength[:, column] = self.network_weight * share * precision[:, column]
         return Attraction(centre, strength)
 
     def _shrunk(self, estimate: LinearEstimate, found: MapEstimate) -> MapEstimate:
@@ -232,9 +305,9 @@ class LoREIN(ModelBased):
         spread = theta.std(0, correction=0).clamp_min(1e-6)
         guide = (images / spread[:, None, None, None]).sum(0)
         matches = match_blocks(guide, self.patch, self.window, self.similar, mask=found.mask)
-        # The noise of a map is that of its middle voxel, prior aside.
+        # The noise of a map is that of its middle voxel, prior aside; and no more than all that varies.
         precision = marginal_precision(found, estimate.operator.mean_diagonal())[:, columns]
-        variance = 0.5 * estimate.noise / precision.median(0).values
+        variance = torch.minimum(0.5 * estimate.noise / precision.median(0).values, spread.square())
         shrunk = found.values(
             shrink_stacks(images, matches, self.wnnm * self.patch**2 * variance).permute(1, 0, 2, 3)
         )

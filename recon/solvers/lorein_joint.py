@@ -9,6 +9,7 @@ reference). Each term is in units of the noise of all samples, so that DC1 = DC2
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -24,7 +25,6 @@ from quantitron.recon.networks.hash_layout import HashGridLayout, grid_coordinat
 from quantitron.recon.networks.low_rank_block import LowRankBlock, SharedFeatureNetwork
 from quantitron.recon.operators.frame_data_term import FrameDataTerm
 from quantitron.recon.operators.reduced_data_term import reduced_data_term
-from quantitron.recon.operators.reduced_sense import ReducedSense
 from quantitron.recon.operators.subspace import off_resonance_phase
 from quantitron.recon.priors.block_matching import Matches, match_blocks
 from quantitron.recon.priors.weighted_nuclear_norm import weighted_nuclear_norm
@@ -37,12 +37,19 @@ from quantitron.recon.solvers.training import (
     ParameterGroup,
     Schedule,
     TrainingRecord,
+    adam,
     train,
     train_with_restart,
 )
 
 PUBLISHED_WNNM: Mapping[str, float] = {"amplitude": 0.05, "t1": 0.2, "phase": 0.2, "t2": 2.0, "t2star": 2.0}
 """lambda_i; multiplied by a setting. Maps are in units of their own spread."""
+PUBLISHED_BLOCKS = (5, 7, 3)
+"""Edge of a patch, edge of the window, patches in a stack."""
+START_RATE, START_BETAS = 3e-3, (0.9, 0.99)
+"""Adam's in the fit to the linear estimate, which takes tens of steps."""
+LEAST_TIME, LARGEST_TIME = 1e-3, 100.0
+"""Bounds of the relaxation times [s] in training, far beyond the physical: in air nothing else holds them."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,7 @@ class JointNetworks(nn.Module):
             scale.clamp_min(float(scale.max()) * 1e-4),
         )
         names = start.model.names
+        self.times = [n for n, name in enumerate(names) if name in TIMES]
         self.positive = [n for n, name in enumerate(names) if name in (*TIMES, "amplitude")]
         self.angular = [n for n, name in enumerate(names) if name not in (*TIMES, "amplitude")]
         mean, spread = start.theta.mean(0), start.theta.std(0, correction=0).clamp_min(1e-3)
@@ -170,6 +178,8 @@ class JointNetworks(nn.Module):
         angular = [self.phase(block.phase)[0].angle()]
         if self.residual_field is not None:
             angular.append(self.residual_field(block.phase)[0])
+        low, high = math.log(LEAST_TIME), math.log(LARGEST_TIME)
+        columns |= {number: columns[number].clamp(low, high) for number in self.times}
         columns |= dict(zip(self.angular, angular, strict=True))
         return torch.stack([columns[number] for number in range(len(columns))], 1)
 
@@ -225,11 +235,15 @@ class JointTraining:
             whole[start.mask.flatten()] = model.inversion
             model = replace(model, inversion=whole)
         self._model = model
-        self._matches: Matches | None = None
         names = start.model.names
         self._wnnm = torch.tensor([PUBLISHED_WNNM.get(name, 0.0) for name in names]).to(start.theta)
         self._spread = start.theta.std(0, correction=0).clamp_min(1e-3)
         self._mean = start.theta.mean(0)
+        self._matches: Matches | None = None
+        if settings.wnnm > 0:
+            # On the linear estimate's maps: the networks' are constants when they begin.
+            guide = start.images(start.theta - self._mean)[:, names.index("t1") if "t1" in names else 0]
+            self._matches = match_blocks(guide, *PUBLISHED_BLOCKS, mask=start.mask)
 
     def run(self, progress: Progress) -> tuple[JointNetworks, TrainingRecord]:
         """Train; once more at half the rate where that diverges.
@@ -283,6 +297,18 @@ class JointTraining:
             difference = torch.view_as_real(u - images).square().sum()
             terms["prior"] = curvature * difference / unit
         return terms
+
+    def residual_to_noise(self, networks: JointNetworks, maps: MapEstimate) -> float:
+        """||s - A U||^2 / (samples noise) of maps, for the coil maps of the networks and all lines."""
+        operator = self.estimate.operator
+        coefficients = maps.coefficients()  # (x, k, z, y)
+        total = 0.5 * operator.energy
+        with torch.no_grad():
+            for first in range(0, networks.shape[0], self.settings.batch):
+                block = networks.block(slice(first, first + self.settings.batch))
+                csm = networks.csm(block, self._csm[block.part])
+                total += operator.value_and_gradients(block.part, coefficients[block.part], csm)[0]
+        return 2 * total / (operator.samples * self.estimate.noise)
 
     def unknowns(self, networks: JointNetworks) -> MapEstimate:
         """PMR's maps inside the mask."""
@@ -339,24 +365,21 @@ class JointTraining:
                 sums[name] = sums.get(name, 0.0) + float(value.detach()) / len(blocks)
         offset = 0.5 * self._operator.energy / (self._operator.samples * self.estimate.noise)
         losses = {name: value + (offset if name != "prior" else 0.0) for name, value in sums.items()}
-        if both and self.settings.wnnm > 0:
-            value = self.settings.wnnm * self._nuclear_norm(networks, blocks)
+        if both and self._matches is not None:
+            value = self.settings.wnnm * self._nuclear_norm(networks, blocks, self._matches)
             optimizer.zero_grad(set_to_none=True)
             value.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             losses["wnnm"] = float(value.detach())
         return losses
 
-    def _nuclear_norm(self, networks: JointNetworks, blocks: list[_Block]) -> Tensor:
-        """WNNM of all maps, inside the mask; patches are matched once, on the first maps asked for."""
+    def _nuclear_norm(self, networks: JointNetworks, blocks: list[_Block], matches: Matches) -> Tensor:
+        """WNNM of all maps, inside the mask."""
         theta = torch.cat([networks.theta(block) for block in blocks])  # (voxels, p)
         x, z, y = self.start.mask.shape
         inside = self.start.mask.flatten()[:, None]
         images = torch.where(inside, (theta - self._mean) / self._spread, 0).T.reshape(-1, x, z, y)
-        if self._matches is None:
-            guide = images[self.start.model.names.index("t1") if "t1" in self.start.model.names else 0]
-            self._matches = match_blocks(guide.detach(), mask=self.start.mask)
-        return weighted_nuclear_norm(images, self._matches, self._wnnm)
+        return weighted_nuclear_norm(images, matches, self._wnnm)
 
     def _residual(self, networks: JointNetworks, blocks: list[_Block]) -> float:
         """||s - A U||^2 / (samples noise) of the lines held out, for PMR's maps."""
@@ -372,7 +395,8 @@ class JointTraining:
 
     def _fit_start(self, networks: JointNetworks, blocks: list[_Block]) -> None:
         """Image-domain fit of both blocks to the linear estimate: no Fourier transforms, tens of steps."""
-        optimizer = torch.optim.Adam(networks.parameters(), lr=3e-3, betas=(0.9, 0.99), eps=1e-15)
+        schedule = Schedule(self.settings.start_steps, START_RATE)
+        optimizer = adam([ParameterGroup(networks.parameters())], schedule, START_BETAS)
         target, theta = self.estimate.coefficients, self.start.images(self.start.theta)  # (x, p, z, y)
         inside = self.start.mask.to(theta)
         for step in range(self.settings.start_steps):

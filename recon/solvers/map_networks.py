@@ -7,6 +7,7 @@ noise: what they cannot learn quickly is what differs from voxel to voxel withou
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -16,17 +17,32 @@ from quantitron.recon.networks.fields import CoordinateNetwork, RealField
 from quantitron.recon.networks.hash_layout import HashGridLayout, grid_coordinates
 from quantitron.recon.signal.map_model import TIMES, normal_blocks
 from quantitron.recon.solvers.map_estimate import MapEstimate
+from quantitron.recon.solvers.training import (
+    ParameterGroup,
+    Schedule,
+    TrainingDiverged,
+    TrainingRecord,
+    adam,
+)
+
+TABLE_RATE = 5.0
+"""Factor on the learning rate for the hash tables: each of their rows is seen by few voxels."""
+BETAS = (0.9, 0.99)
+"""Of Adam: a fit of some tens of steps has no time for the usual 0.999."""
 
 LARGEST_WEIGHT = 5.0
 """Most that one voxel counts in a fit, in units of the mean voxel."""
 
 
 def marginal_precision(maps: MapEstimate, weight: Tensor) -> Tensor:
-    """What the data say of each unknown by itself, all others free: 1 / diag((J^H diag(weight) J)^-1), (v, p).
+    """What the data say of each unknown by itself, all others free: 1 / diag((J^H diag(weight) J)^-1).
 
     Args:
         maps: where the Jacobian is taken.
         weight: (k,) mean curvature of the data term (``ReducedSense.mean_diagonal``).
+
+    Returns:
+        (v, p), in units of the data term's curvature: noise / 2 over it is the variance of the unknown.
     """
     _, jacobian = maps.model.jacobian(maps.theta)
     blocks = normal_blocks(jacobian, weight)  # (v, p, p)
@@ -49,7 +65,6 @@ class MapNetworks:
         shared_encoder: bool,
         levels: int,
         log2_rows: int,
-        learning_rate: float,
     ) -> None:
         """Draw networks that start at the mean of the maps.
 
@@ -60,7 +75,6 @@ class MapNetworks:
             shared_encoder: one network with a map an output, in place of a network for each map.
             levels: of the hash grid.
             log2_rows: a level's table has at most 2^log2_rows rows.
-            learning_rate: of Adam; the tables' is five times as large.
         """
         names, theta = maps.model.names, maps.theta
         self.columns = [number for number, name in enumerate(names) if name in (*TIMES, "amplitude")]
@@ -87,53 +101,53 @@ class MapNetworks:
         """(maps, v): amplitude and times, not their logarithms."""
         self._deviation = deviation[:, None]
         self._samples = self.field.samples(coordinates)
-        tables = list(network.encoding.parameters())
-        others = list(network.perceptrons.parameters())
-        self._optimizer = torch.optim.Adam(
-            [{"params": tables, "lr": 5 * learning_rate}, {"params": others, "lr": learning_rate}],
-            betas=(0.9, 0.99),
-            eps=1e-15,
-            fused=True,
-        )
+        self._groups = [
+            ParameterGroup(list(network.encoding.parameters()), TABLE_RATE),
+            ParameterGroup(list(network.perceptrons.parameters())),
+        ]
 
     def fit(
         self,
         theta: Tensor,
         precision: Tensor,
-        steps: int,
-        penalty: Callable[[Tensor], Tensor] | None = None,
+        schedule: Schedule,
         progress: Callable[[float], None] | None = None,
-    ) -> Tensor:
+    ) -> TrainingRecord:
         """Steps towards the maps, from where the networks are.
 
         Args:
             theta: (v, p) unknowns.
             precision: (v, p) what each is worth.
-            steps: of Adam, over all voxels each.
-            penalty: of the logarithms (maps, v), in units of their mean square deviation; none by default.
+            schedule: of Adam; an epoch is one step, over all voxels.
             progress: called with the share that is done.
 
-        Returns:
-            (v, maps): the logarithms of the fields after the last step.
-
         Raises:
-            FloatingPointError: if the loss is not finite.
+            TrainingDiverged: if the loss, or what the networks say in the end, is not finite.
         """
+        begin = time.monotonic()
+        optimizer = adam(self._groups, schedule, BETAS)
         target = theta[:, self.columns].T  # (maps, v)
         weight = precision[:, self.columns].T * self._deviation.square()
-        weight = (weight / weight.mean(1, keepdim=True)).clamp_max(LARGEST_WEIGHT)
-        for step in range(steps):
+        mean = weight.mean(1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+        weight = (weight / mean).clamp_max(LARGEST_WEIGHT)
+        for step in range(schedule.epochs):
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate(step) * group["factor"]
             values = self.field(self._samples).log()
             loss = (weight * ((values - target) / self._deviation).square()).mean()
-            if penalty is not None:
-                loss = loss + penalty(values)
             if not bool(torch.isfinite(loss)):
-                raise FloatingPointError(f"the fit of the map networks was not finite in step {step + 1}")
-            self._optimizer.zero_grad(set_to_none=True)
+                raise TrainingDiverged(f"the fit of the map networks was not finite in step {step + 1}")
+            optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-            self._optimizer.step()
+            optimizer.step()
             if progress is not None:
-                progress((step + 1) / steps)
+                progress((step + 1) / schedule.epochs)
+        if not bool(self.logarithms().isfinite().all()):
+            raise TrainingDiverged("the map networks were not finite after their fit")
+        return TrainingRecord(epochs_kept=schedule.epochs, seconds=time.monotonic() - begin)
+
+    def logarithms(self) -> Tensor:
+        """(v, maps): logarithms of the fields, voxel by voxel; no gradient."""
         with torch.no_grad():
-            fitted: Tensor = self.field(self._samples).log().T
-        return fitted
+            values: Tensor = self.field(self._samples).log().T
+        return values

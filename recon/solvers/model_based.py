@@ -39,6 +39,8 @@ LEAST_DIFFERENCE = 1e-4
 """Least typical difference of a map, in the same units: maps without any noise are not weighed by nothing."""
 LEAST_SHARE = 1e-3
 """Least of what the data say of a voxel, in units of what they say of the middle one; its inverse: most."""
+LARGEST_OUT_OF_SUBSPACE = 1e-3
+"""Share of the signal energy outside the basis above which a warning is given."""
 USUAL_ROUNDS = 4
 """Gauss-Newton steps that the progress reckons with."""
 
@@ -77,16 +79,37 @@ class ModelBased(CartesianSolver):
             return linear
         progress("model-based steps", 0.5)
         found = self.descend(estimate, start, lambda share: progress("model-based steps", 0.5 + 0.5 * share))
-        logger.info(
-            "%.1e of the signal energy of the maps lies outside the basis of rank %d",
-            found.model.out_of_subspace(found.theta),
-            estimate.basis.rank,
-        )
-        residual = estimate.residual_to_noise(found.coefficients())
+        return self.delivered(estimate, linear, found, problem)
+
+    def delivered(
+        self,
+        estimate: LinearEstimate,
+        linear: Maps,
+        found: MapEstimate,
+        problem: Problem,
+        residual_to_noise: float | None = None,
+    ) -> Maps:
+        """The maps of the unknowns, with what their basis does not hold measured and logged.
+
+        Args:
+            estimate: the data term.
+            linear: maps that the unknowns started from.
+            found: the unknowns.
+            problem: the slice.
+            residual_to_noise: of the unknowns, where it is not that of the estimate's own operator.
+        """
+        lost = found.model.out_of_subspace(found.theta)
+        said = "%.1e of the signal energy of the maps lies outside the basis of rank %d"
+        if lost > LARGEST_OUT_OF_SUBSPACE:
+            said += ", where it is not compared with the data; raise rank or residual_field"
+        level = logging.WARNING if lost > LARGEST_OUT_OF_SUBSPACE else logging.INFO
+        logger.log(level, said, lost, estimate.basis.rank)
+        if residual_to_noise is None:
+            residual_to_noise = estimate.residual_to_noise(found.coefficients())
         return found.delivered(
             estimate,
             linear,
-            residual_to_noise=residual if problem.noise_known else float("nan"),
+            residual_to_noise=residual_to_noise if problem.noise_known else float("nan"),
             standard_deviations=self.standard_deviations,
         )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from quantitron.recon.data import Maps, Problem
+from quantitron.recon.data import Encoding, Maps, Problem, Protocol
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share that is done, 0..1."""
@@ -25,6 +25,17 @@ class Solver:
     def needs_lines(self) -> bool:
         """Whether the sampled lines are needed beside their reduced form; settings may decide."""
         return False
+
+    def check(self, encoding: Encoding, protocol: Protocol) -> None:
+        """Refuse a scan that these settings do not fit, before any of its data are read.
+
+        Args:
+            encoding: the grid.
+            protocol: the sequence.
+
+        Raises:
+            ValueError: in one clear sentence.
+        """
 
     def solve(self, problem: Problem, progress: Progress) -> Iterator[Maps]:
         """Yield previews, if any, and last the final maps of one slice, on the encoded grid (s = 1).

@@ -95,12 +95,15 @@ class _Best:
     values: list[Tensor] = field(default_factory=list)
 
 
-def adam(groups: Sequence[ParameterGroup], schedule: Schedule) -> Adam:
+def adam(
+    groups: Sequence[ParameterGroup], schedule: Schedule, betas: tuple[float, float] = (0.9, 0.999)
+) -> Adam:
     """Adam as the networks want it: fused into one kernel where torch has it.
 
     Args:
         groups: all parameters.
         schedule: gives the rate of the first epoch.
+        betas: decay of the means of the gradient and of its square.
     """
     described = [
         {
@@ -112,9 +115,9 @@ def adam(groups: Sequence[ParameterGroup], schedule: Schedule) -> Adam:
         for group in groups
     ]
     try:
-        return Adam(described, eps=ADAM_EPSILON, fused=True)
+        return Adam(described, betas=betas, eps=ADAM_EPSILON, fused=True)
     except RuntimeError:  # fused on the CPU came with torch 2.4
-        return Adam(described, eps=ADAM_EPSILON)
+        return Adam(described, betas=betas, eps=ADAM_EPSILON)
 
 
 def train(
