@@ -1,0 +1,210 @@
+"""The coordinate-network solvers at real size: accuracy, time and memory; and what an epoch costs.
+
+    python benchmarks/inr.py accuracy delics_vol00.npz [delics_vol03.npz] [--scans vfa_gre:12,27] [--seeds 1,2,3]
+    python benchmarks/inr.py epoch delics_vol00.npz
+
+accuracy: scans of real in-vivo maps (Deli-CS volumes, benchmarks/invivo.py) and of the MNI brain, SNR 30, the
+object twice finer than the scan and averaged over each scan voxel. Every pipeline runs as it ships, in a
+process of its own: seconds and peak memory are those of ``quantitron replay``, from raw file to maps.
+
+epoch: one epoch of LoREIN's published joint training on vfa_gre R 12, as this package computes it and as the
+publications do (benchmarks/published_epoch.py): time of some steps of each, and the losses, which agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from invivo import phantom
+from published_epoch import PlainFrames, gathering
+from scan_problem import load
+from subspace import AVERAGE, T2IR, VFA
+
+from quantitron.host.compare import compare
+from quantitron.phantoms.simulate import simulate
+from quantitron.recon.solvers import LoREIN
+from quantitron.recon.solvers.cartesian import CartesianSolver
+from quantitron.recon.solvers.lorein_joint import JointNetworks, JointSettings, JointTraining
+from quantitron.recon.solvers.map_estimate import start_from
+
+SCANS = {"vfa_gre": VFA, "t2ir_gre": T2IR}
+ROLES = ("T1", "T2", "T2STAR")
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def measured_replay(raw: Path, pipeline: str, maps: Path, settings: Iterable[str]) -> tuple[float, float]:
+    """Seconds and peak memory [GB] of ``quantitron replay`` in a process of its own."""
+    program = shutil.which("quantitron", path=os.fspath(Path(sys.executable).parent)) or "quantitron"
+    command = [program, "replay", os.fspath(raw), "-p", pipeline, "-o", os.fspath(maps), "--overwrite"]
+    command += [part for setting in settings for part in ("--set", setting)]
+    begun = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - begun
+    if status != 0:
+        raise SystemExit(f"{' '.join(command)} ended with status {status}")
+    return seconds, usage.ru_maxrss / 1e6
+
+
+def accuracy(
+    sources: Iterable[Path],
+    folder: Path,
+    scans: dict[str, list[float]],
+    pipelines: Iterable[str],
+    seeds: Iterable[int],
+    settings: Iterable[str],
+) -> list[dict[str, Any]]:
+    """NRMSE, MAPE, time and memory of every pipeline on every scan."""
+    objects: dict[str, Any] = {}
+    for source in sources:
+        if source.stem == "mni":
+            objects["mni"] = "mni"
+            continue
+        objects[source.stem] = folder / f"{source.stem}.npz"
+        np.savez(objects[source.stem], **phantom(source))
+    say("| object | scan | seed | pipeline | T1 | T2 | T2* | MAPE T1 / T2 / T2* | seconds | GB |")
+    say("|---|---|---|---|---|---|---|---|---|---|")
+    rows = []
+    for name, anatomy in objects.items():
+        for sequence, accelerations in scans.items():
+            for acceleration in accelerations:
+                for seed in seeds:
+                    raw, maps = folder / "raw.h5", folder / "maps.h5"
+                    simulate(
+                        **{**SCANS[sequence], **AVERAGE, "phantom": anatomy, "snr": 30.0, "seed": seed},
+                        acceleration=acceleration,
+                        output=raw,
+                        overwrite=True,
+                    )
+                    for pipeline in pipelines:
+                        seconds, memory = measured_replay(raw, pipeline, maps, settings)
+                        found = compare(maps, raw)["maps"]
+                        rows.append(
+                            {
+                                "object": name,
+                                "scan": f"{sequence} R {acceleration:g}",
+                                "seed": seed,
+                                "pipeline": pipeline,
+                                "seconds": seconds,
+                                "memory": memory,
+                                "maps": found,
+                            }
+                        )
+                        cells = [
+                            f"{100 * found[role]['nrmse']:.1f}" if role in found else "" for role in ROLES
+                        ]
+                        tissue = " / ".join(
+                            f"{50 * (found[role]['mape_wm'] + found[role]['mape_gm']):.1f}"
+                            if role in found
+                            else "-"
+                            for role in ROLES
+                        )
+                        say(
+                            f"| {name} | `{sequence}` R {acceleration:g} | {seed} | `{pipeline}` | "
+                            f"{' | '.join(cells)} | {tissue} | {seconds:.0f} | {memory:.1f} |"
+                        )
+    return rows
+
+
+def epoch(source: Path, folder: Path, steps: int) -> list[dict[str, Any]]:
+    """Time of an epoch of the joint training, as computed here and as published."""
+    anatomy, raw = folder / "object.npz", folder / "raw.h5"
+    np.savez(anatomy, **phantom(source))
+    simulate(**{**VFA, **AVERAGE}, phantom=anatomy, snr=30.0, seed=1, acceleration=12.0, output=raw)
+    problem = load(raw)
+    solver = LoREIN()
+    estimate = solver.linear_estimate(problem, lambda doing, share: None)
+    linear = CartesianSolver.maps(solver, estimate, estimate.coefficients, problem, lambda doing, share: None)
+    start = start_from(estimate, linear, problem)
+    rows = []
+    for name, frames in (("reduced, sparse matrix", False), ("frames, gather and scatter", True)):
+        settings = JointSettings(held_out=0.0, frames=frames, log2_rows=15)
+        training = JointTraining(problem, estimate, start, settings)
+        if frames:
+            assert problem.kspace is not None
+            training._frames = PlainFrames(problem.kspace)  # type: ignore[assignment]
+            with gathering():
+                networks = JointNetworks(estimate, start, settings, 0)
+        else:
+            networks = JointNetworks(estimate, start, settings, 0)
+        optimizer = torch.optim.Adam(networks.parameters(), lr=1e-3, eps=1e-15, fused=True)
+        positions = networks.shape[0]
+        firsts = [
+            settings.batch * round(step * (positions / settings.batch - 1) / steps)
+            for step in range(1, steps + 1)
+        ]
+        blocks = [networks.block(slice(first, first + settings.batch)) for first in firsts]
+        losses = {}
+        begun = time.perf_counter()
+        for block in blocks:
+            terms = training.terms(networks, block)
+            if not losses:
+                losses = {key: float(value.detach()) for key, value in terms.items()}
+            optimizer.zero_grad(set_to_none=True)
+            torch.stack(list(terms.values())).sum().backward()
+            optimizer.step()
+        seconds = (time.perf_counter() - begun) / steps * positions / settings.batch
+        rows.append({"form": name, "seconds": seconds, "losses": losses})
+        parts = ", ".join(f"{key} {value:.4f}" for key, value in losses.items())
+        say(f"{name:28s} {seconds:8.1f} s an epoch ({steps} steps measured); first losses {parts}")
+    say(f"ratio {rows[1]['seconds'] / rows[0]['seconds']:.1f}")
+    return rows
+
+
+def scans_of(words: Iterable[str]) -> dict[str, list[float]]:
+    """``vfa_gre:12,27`` -> {"vfa_gre": [12.0, 27.0]}."""
+    found = {}
+    for word in words:
+        sequence, _, accelerations = word.partition(":")
+        found[sequence] = [float(value) for value in accelerations.split(",")]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("accuracy", "epoch"))
+    parser.add_argument("sources", type=Path, nargs="+", help="delics_volXX.npz, or mni")
+    parser.add_argument("--scans", nargs="+", default=["vfa_gre:12,27,48", "t2ir_gre:80,160,320"])
+    parser.add_argument("--pipelines", default="subspace,llr,model_based,lorein,summit")
+    parser.add_argument("--set", action="append", default=[], help="GADGET.PROPERTY=VALUE for all of them")
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--steps", type=int, default=4, help="of an epoch, to measure")
+    parser.add_argument("--folder", type=Path, help="for the raw files; a temporary folder where absent")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        if arguments.what == "accuracy":
+            rows = accuracy(
+                arguments.sources,
+                folder,
+                scans_of(arguments.scans),
+                arguments.pipelines.split(","),
+                [int(seed) for seed in arguments.seeds.split(",")],
+                arguments.set,
+            )
+        else:
+            rows = epoch(arguments.sources[0], folder, arguments.steps)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
