@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
-from quantitron.recon.data import Maps, Problem
+from quantitron.recon.data import Encoding, Maps, Problem, Protocol
+from quantitron.recon.priors.block_matching import check_planes
 from quantitron.recon.solvers.cartesian import CartesianSolver
 from quantitron.recon.solvers.scan_fit import ScanFit
 from quantitron.recon.solvers.solver import Progress
@@ -65,8 +66,8 @@ class Summit(CartesianSolver):
     """One hash grid for amplitude and relaxation times in place of one for each."""
     log2_rows: int = field(default=15, metadata={"minimum": 3, "maximum": 24})
     """A resolution of their hash grid has at most 2^log2_rows rows."""
-    phase_log2_rows: int = field(default=12, metadata={"minimum": 3, "maximum": 24})
-    """The same for the echo phases."""
+    phase_log2_rows: int = field(default=15, metadata={"minimum": 3, "maximum": 24})
+    """The same for the echo phases; LoREIN has 12, which leaves more of the field than the noise hides."""
     held_out: float = field(default=0.03, metadata={"minimum": 0, "maximum": 0.5})
     """Share of the lines kept aside; 0: none, and the last epoch's networks count."""
     check_every: int = field(default=2, metadata={"minimum": 1})
@@ -79,13 +80,26 @@ class Summit(CartesianSolver):
         """The mean absolute error has no reduced form."""
         return True
 
+    def check(self, encoding: Encoding, protocol: Protocol) -> None:
+        """Refuse scans on which patches cannot be matched.
+
+        Raises:
+            ValueError: if the planes are too small for the patches, or the window is even.
+        """
+        super().check(encoding, protocol)
+        _, ny, nx = encoding.matrix
+        if self.wnnm > 0:
+            check_planes(nx, ny, self.patch, self.window, self.similar)
+
     def solve(self, problem: Problem, progress: Progress) -> Iterator[Maps]:
         """Reconstruct one slice: the linear estimate's maps first, as a preview, then SUMMIT's.
 
         Raises:
             ValueError: if the scan is too small for the patches, or its lines were not kept.
         """
-        self._check_size(problem)
+        self.check(problem.encoding, problem.protocol)
+        if problem.kspace is None:
+            raise ValueError("summit needs the sampled lines, which were not kept")
         estimate = self.linear_estimate(problem, lambda doing, share: progress(doing, 0.25 * share))
         linear = CartesianSolver.maps(
             self, estimate, estimate.coefficients, problem, lambda doing, _share: progress(doing, 0.1)
@@ -107,17 +121,3 @@ class Summit(CartesianSolver):
             return
         yield fit.maps()
         progress("done", 1.0)
-
-    def _check_size(self, problem: Problem) -> None:
-        if problem.kspace is None:
-            raise ValueError("summit needs the sampled lines, which were not kept")
-        _, _, ny, nx = problem.kspace.grid
-        if self.window % 2 == 0:
-            raise ValueError(f"the window of summit must be odd, not {self.window}")
-        reach = self.window // 2 + 1
-        places = min(max(nx - self.patch + 1, 0), reach) * min(max(ny - self.patch + 1, 0), reach)
-        if self.wnnm > 0 and places < self.similar:
-            raise ValueError(
-                f"planes of {nx} x {ny} voxels are too small for stacks of {self.similar} patches of "
-                f"{self.patch} x {self.patch} within {self.window} x {self.window}; set wnnm to 0 for them"
-            )
