@@ -16,7 +16,6 @@ from quantitron.recon.operators.reduced_sense import ReducedSense
 from quantitron.recon.priors.low_rank import BlockLowRank
 from quantitron.recon.priors.low_rank_tensor import TuckerBasis
 from quantitron.recon.solvers import (
-    SOLVERS,
     LocallyLowRank,
     LowRankTensor,
     LowRankTotalVariation,
@@ -26,6 +25,7 @@ from quantitron.recon.solvers import (
 from quantitron.recon.solvers.cartesian import LinearEstimate
 
 CLASSICAL = (LocallyLowRank, LowRankTotalVariation, LowRankTensor)
+ALL = (Subspace, *CLASSICAL, ModelBased)
 TIMES = ("t1", "t2", "t2star")
 
 
@@ -121,7 +121,7 @@ def test_one_preset_serves_all_accelerations(solver, acceleration):
     assert max(errors.values()) < 0.11
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.name)
+@pytest.mark.parametrize("solver", ALL, ids=lambda solver: solver.name)
 @pytest.mark.parametrize(
     ("sequence", "noise_known"),
     [("vfa_gre", True), ("vfa_gre", False), ("t2ir_gre", True), ("megre", True)],
@@ -138,7 +138,7 @@ def test_weights_vanish_with_the_noise(sequence, noise_known, solver):
 SMALL = {"grid": (2, 20, 20), "acceleration": 4, "noise": 0.2}
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.name)
+@pytest.mark.parametrize("solver", ALL, ids=lambda solver: solver.name)
 def test_the_unit_of_the_data_does_not_count(solver):
     """Data and noise a thousand times as large, the noise level found in the data: the same maps."""
     problem, truth, mask = _scan("vfa_gre", **SMALL)
@@ -157,7 +157,7 @@ def test_the_unit_of_the_data_does_not_count(solver):
         assert map_error(others, same, maps.mask[0], name) < 1e-3, name
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.name)
+@pytest.mark.parametrize("solver", ALL, ids=lambda solver: solver.name)
 def test_the_same_seed_gives_the_same_maps(solver):
     problem, *_ = _scan("vfa_gre", **SMALL)
     first, second, other = (_solve(solver, replace(problem, seed=seed)) for seed in (3, 3, 4))
