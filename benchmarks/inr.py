@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,11 @@ ROLES = ("T1", "T2", "T2STAR")
 def say(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def quiet(doing: str, share: float) -> None:
+    """Progress that nobody sees."""
+    del doing, share
 
 
 def measured_replay(raw: Path, pipeline: str, maps: Path, settings: Iterable[str]) -> tuple[float, float]:
@@ -130,8 +134,8 @@ def epoch(source: Path, folder: Path, steps: int) -> list[dict[str, Any]]:
     simulate(**{**VFA, **AVERAGE}, phantom=anatomy, snr=30.0, seed=1, acceleration=12.0, output=raw)
     problem = load(raw)
     solver = LoREIN()
-    estimate = solver.linear_estimate(problem, lambda doing, share: None)
-    linear = CartesianSolver.maps(solver, estimate, estimate.coefficients, problem, lambda doing, share: None)
+    estimate = solver.linear_estimate(problem, quiet)
+    linear = CartesianSolver.maps(solver, estimate, estimate.coefficients, problem, quiet)
     start = start_from(estimate, linear, problem)
     rows = []
     for name, frames in (("reduced, sparse matrix", False), ("frames, gather and scatter", True)):
