@@ -1,6 +1,6 @@
 """The coordinate-network solvers at real size: accuracy, time and memory; and what an epoch costs.
 
-    python benchmarks/inr.py accuracy delics_vol00.npz [delics_vol03.npz] [--scans vfa_gre:12,27] [--seeds 1,2,3]
+    python benchmarks/inr.py accuracy delics_vol00.npz [mni] [--scans vfa_gre:12,27] [--seeds 1,2,3]
     python benchmarks/inr.py epoch delics_vol00.npz
 
 accuracy: scans of real in-vivo maps (Deli-CS volumes, benchmarks/invivo.py) and of the MNI brain, SNR 30, the
