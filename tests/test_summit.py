@@ -10,6 +10,10 @@ import pytest
 import torch
 from scan_of_ellipses import PROTOCOLS, map_error, scan_of_ellipses
 
+from quantitron.gadgets.errors import ScanError
+from quantitron.gadgets.image_file import read_images
+from quantitron.host.replay import replay
+from quantitron.phantoms.simulate import simulate
 from quantitron.recon.data import SEQUENCE_MAPS, Maps, Problem
 from quantitron.recon.operators.frame_data_term import FrameDataTerm
 from quantitron.recon.solvers import Subspace, Summit
@@ -243,6 +247,29 @@ def test_scans_too_small_for_the_patches_are_refused_at_once(settings, sentence)
         next(iter(Summit(**settings).solve(problem, lambda *told: None)))
     if "patch" in settings:  # without the norm there are no patches
         next(iter(Summit(wnnm=0.0, **settings).solve(problem, lambda *told: None)))
+
+
+def test_the_pipeline_sends_previews_before_the_maps(tmp_path):
+    raw, maps = tmp_path / "raw.h5", tmp_path / "maps.h5"
+    simulate(
+        sequence="vfa_gre",
+        output=raw,
+        matrix=(16, 16, 2),
+        fov=(224.0, 224.0, 32.0),
+        coils=3,
+        echo_times=(2e-3, 6e-3, 12e-3),
+        acceleration=2.0,
+        supersampling=1,
+        calibration_lines=(12, 2),
+    )
+    replay(raw, "summit", maps, settings=[f"reconstruct.{key}={value}" for key, value in SHORT.items()])
+    images = read_images(maps)
+    roles = {image.image_series_index: image.meta["GADGETRON_DataRole"] for image in images}
+    for series, role in ((101, "T1"), (103, "T2STAR"), (104, "PD")):
+        assert roles[series - 10] == roles[series] == role
+    assert {image.meta["Quantitron_Pipeline"] for image in images} == {"summit"}
+    with pytest.raises(ScanError, match="planes of 16 x 16 voxels are smaller than a patch of 17 x 17"):
+        replay(raw, "summit", tmp_path / "none.h5", settings=["reconstruct.patch=17"])
 
 
 def test_lines_must_have_been_kept():

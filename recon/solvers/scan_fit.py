@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,9 +25,6 @@ from quantitron.recon.solvers.solver import Progress
 from quantitron.recon.solvers.start_maps import StartMaps
 from quantitron.recon.solvers.training import ParameterGroup, Schedule, TrainingRecord, train
 
-if TYPE_CHECKING:
-    from quantitron.recon.solvers.summit import Summit
-
 PUBLISHED_WEIGHTS: Mapping[str, float] = {
     "amplitude": 0.05,
     "t1": 0.2,
@@ -38,6 +35,52 @@ PUBLISHED_WEIGHTS: Mapping[str, float] = {
 """lambda_m, relative weights of the weighted nuclear norms of the maps."""
 _HELD_OUT_BATCHES = 8
 """Batches of readout positions at which the lines held out are looked at."""
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How the networks are fitted."""
+
+    start: Literal["maps", "constant"] = "maps"
+    """What the networks begin with: the linear estimate's maps, or the medians of these."""
+    coil_start: Literal["espirit", "network"] = "espirit"
+    """Whether the coil network changes ESPIRiT's maps, or makes the coil maps from nothing."""
+    epochs: int = field(default=100, metadata={"minimum": 1})
+    """Times through the data."""
+    learning_rate: float = field(default=1e-3, metadata={"above": 0})
+    """Of Adam."""
+    halve_every: int = field(default=20, metadata={"minimum": 0})
+    """Epochs after which the rate is halved; 0: never."""
+    table_rate: float = field(default=1.0, metadata={"above": 0})
+    """Factor on the rate for the features of the hash grids."""
+    batch: int = field(default=4, metadata={"minimum": 1})
+    """Readout positions of a step."""
+    start_epochs: int = field(default=10, metadata={"minimum": 1})
+    """Epochs of the fit to the linear estimate's maps, without any Fourier transform."""
+    start_rate: float = field(default=5e-3, metadata={"above": 0})
+    """Learning rate of that fit."""
+    wnnm: float = field(default=1e-3, metadata={"minimum": 0})
+    """lambda, factor on the published weights; 0 leaves the weighted nuclear norm out."""
+    wnnm_start: float = field(default=0.5, metadata={"minimum": 0, "maximum": 1})
+    """Share of the epochs after which it sets in."""
+    patch: int = field(default=5, metadata={"minimum": 2})
+    """Edge of its patches [voxels]."""
+    window: int = field(default=7, metadata={"minimum": 1})
+    """Edge of the square in which similar patches are searched, odd."""
+    similar: int = field(default=3, metadata={"minimum": 2})
+    """Patches in a stack."""
+    shared_encoder: bool = False
+    """One hash grid for amplitude and relaxation times in place of one for each."""
+    log2_rows: int = field(default=15, metadata={"minimum": 3, "maximum": 24})
+    """A resolution of their hash grid has at most 2^log2_rows rows."""
+    phase_log2_rows: int = field(default=15, metadata={"minimum": 3, "maximum": 24})
+    """The same for the echo phases; LoREIN has 12, which leaves more of the field than the noise hides."""
+    held_out: float = field(default=0.03, metadata={"minimum": 0, "maximum": 0.5})
+    """Share of the lines kept aside; 0: none, and the last epoch's networks count."""
+    check_every: int = field(default=2, metadata={"minimum": 1})
+    """Epochs between looks at the lines kept aside."""
+    patience: int = field(default=5, metadata={"minimum": 0})
+    """Looks without a better prediction of them after which training ends; 0: it runs to the end."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +105,9 @@ class _Plane:
 class ScanFit:
     """The networks of one slice, and what they are fitted to."""
 
-    def __init__(self, settings: Summit, problem: Problem, estimate: LinearEstimate, linear: Maps) -> None:
+    def __init__(
+        self, settings: FitSettings, problem: Problem, estimate: LinearEstimate, linear: Maps
+    ) -> None:
         """Draw the networks.
 
         Args:
@@ -137,8 +182,12 @@ class ScanFit:
             progress=lambda doing, share: progress(doing, 0.25 + 0.75 * share),
         )
 
-    def maps(self) -> Maps:
-        """The maps of the networks as they are."""
+    def maps(self, standard_deviations: bool = False) -> Maps:
+        """The maps of the networks as they are.
+
+        Args:
+            standard_deviations: whether those of the maps are wanted too.
+        """
         values, phase_and_length, residual = self._everywhere()
         names = ["amplitude", "phase", *(name for name in self.networks.names if name != "amplitude")]
         mask = self.linear.mask[0].permute(2, 0, 1).to(self.device)  # (x, z, y)
@@ -165,7 +214,7 @@ class ScanFit:
             self.estimate,
             self.linear,
             residual_to_noise=residual if self.problem.noise_known else float("nan"),
-            standard_deviations=self.settings.standard_deviations,
+            standard_deviations=standard_deviations,
         )
         found = dict(delivered.values)
         if values.inversion is not None:

@@ -15,65 +15,25 @@ were kept aside are no longer predicted better.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from quantitron.recon.data import Encoding, Maps, Problem, Protocol
 from quantitron.recon.priors.block_matching import check_planes
 from quantitron.recon.solvers.cartesian import CartesianSolver
-from quantitron.recon.solvers.scan_fit import ScanFit
+from quantitron.recon.solvers.scan_fit import FitSettings, ScanFit
 from quantitron.recon.solvers.solver import Progress
 from quantitron.recon.solvers.training import Schedule, TrainingDiverged, train_with_restart
 
 
 @dataclass(frozen=True)
-class Summit(CartesianSolver):
+class Summit(FitSettings, CartesianSolver):
     """Settings of SUMMIT."""
 
     name: ClassVar[str] = "summit"
 
     preview: bool = True
     """Whether the maps of the linear estimate are sent as soon as they are there."""
-    start: Literal["maps", "constant"] = "maps"
-    """What the networks begin with: the linear estimate's maps, or the medians of these."""
-    coil_start: Literal["espirit", "network"] = "espirit"
-    """Whether the coil network changes ESPIRiT's maps, or makes the coil maps from nothing."""
-    epochs: int = field(default=100, metadata={"minimum": 1})
-    """Times through the data."""
-    learning_rate: float = field(default=1e-3, metadata={"above": 0})
-    """Of Adam."""
-    halve_every: int = field(default=20, metadata={"minimum": 0})
-    """Epochs after which the rate is halved; 0: never."""
-    table_rate: float = field(default=1.0, metadata={"above": 0})
-    """Factor on the rate for the features of the hash grids."""
-    batch: int = field(default=4, metadata={"minimum": 1})
-    """Readout positions of a step."""
-    start_epochs: int = field(default=10, metadata={"minimum": 1})
-    """Epochs of the fit to the linear estimate's maps, without any Fourier transform."""
-    start_rate: float = field(default=5e-3, metadata={"above": 0})
-    """Learning rate of that fit."""
-    wnnm: float = field(default=1e-3, metadata={"minimum": 0})
-    """lambda, factor on the published weights; 0 leaves the weighted nuclear norm out."""
-    wnnm_start: float = field(default=0.5, metadata={"minimum": 0, "maximum": 1})
-    """Share of the epochs after which it sets in."""
-    patch: int = field(default=5, metadata={"minimum": 2})
-    """Edge of its patches [voxels]."""
-    window: int = field(default=7, metadata={"minimum": 1})
-    """Edge of the square in which similar patches are searched, odd."""
-    similar: int = field(default=3, metadata={"minimum": 2})
-    """Patches in a stack."""
-    shared_encoder: bool = False
-    """One hash grid for amplitude and relaxation times in place of one for each."""
-    log2_rows: int = field(default=15, metadata={"minimum": 3, "maximum": 24})
-    """A resolution of their hash grid has at most 2^log2_rows rows."""
-    phase_log2_rows: int = field(default=15, metadata={"minimum": 3, "maximum": 24})
-    """The same for the echo phases; LoREIN has 12, which leaves more of the field than the noise hides."""
-    held_out: float = field(default=0.03, metadata={"minimum": 0, "maximum": 0.5})
-    """Share of the lines kept aside; 0: none, and the last epoch's networks count."""
-    check_every: int = field(default=2, metadata={"minimum": 1})
-    """Epochs between looks at the lines kept aside."""
-    patience: int = field(default=5, metadata={"minimum": 0})
-    """Looks without a better prediction of them after which training ends; 0: it runs to the end."""
 
     @property
     def needs_lines(self) -> bool:
@@ -119,5 +79,5 @@ class Summit(CartesianSolver):
         except TrainingDiverged as error:
             yield replace(linear, failure=f"summit: {error}; these are the linear estimate's maps")
             return
-        yield fit.maps()
+        yield fit.maps(self.standard_deviations)
         progress("done", 1.0)
