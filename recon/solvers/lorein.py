@@ -17,6 +17,7 @@ components, which carry the relaxation times, last and least:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -37,6 +38,10 @@ from quantitron.recon.solvers.model_based import ModelBased
 from quantitron.recon.solvers.solver import Progress
 from quantitron.recon.solvers.training import Schedule, TrainingDiverged, train_with_restart
 
+logger = logging.getLogger("quantitron")
+
+POOR_FIT = 2.0
+"""Residual of jointly trained maps, in units of that of the linear estimate's, above which it is said."""
 MEDIAN_SQUARE = 0.455
 """Median of the square of a normal deviate of variance 1."""
 
@@ -94,8 +99,9 @@ class LoREIN(ModelBased):
     """Epochs in which the LRR block is trained alone; fewer than ``epochs``."""
     batch: int = field(default=4, metadata={"minimum": 1})
     """Readout positions in a step."""
-    start_steps: int = field(default=0, metadata={"minimum": 0})
-    """Steps of fitting the networks to the linear estimate and its maps beforehand; 0: from constants."""
+    start_epochs: int = field(default=20, metadata={"minimum": 0})
+    """Epochs of fitting the networks to the linear estimate and its maps beforehand, without any Fourier
+    transform; 0, as published: they begin with constants. Amplitudes may then vanish and stay so."""
     convolution: bool = True
     """Whether the LRR block has its convolutional network."""
     coils: str = field(default="estimated", metadata={"choices": ("estimated", "given")})
@@ -186,7 +192,7 @@ class LoREIN(ModelBased):
             learning_rate=self.learning_rate,
             low_rank_epochs=self.low_rank_epochs,
             batch=self.batch,
-            start_steps=self.start_steps,
+            start_epochs=self.start_epochs,
             convolution=self.convolution,
             estimate_coils=self.coils == "estimated",
             frames=self.data_term == "frames",
@@ -203,7 +209,16 @@ class LoREIN(ModelBased):
         except TrainingDiverged as error:
             return replace(linear, failure=f"lorein: {error}; the maps are those of the linear estimate")
         found = training.unknowns(networks)
-        return self.delivered(estimate, linear, found, problem, training.residual_to_noise(networks, found))
+        residual = training.residual_to_noise(networks, found)
+        usual = estimate.residual_to_noise(start.coefficients())
+        if not residual < POOR_FIT * usual:
+            logger.warning(
+                "the networks' maps leave a residual of %.3g times the noise, the linear estimate's %.3g; "
+                "they are not trained to the end: give them more epochs or start_epochs",
+                residual,
+                usual,
+            )
+        return self.delivered(estimate, linear, found, problem, residual)
 
     def _alternating(
         self, estimate: LinearEstimate, start: MapEstimate, problem: Problem, progress: Progress

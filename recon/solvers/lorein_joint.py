@@ -46,8 +46,8 @@ PUBLISHED_WNNM: Mapping[str, float] = {"amplitude": 0.05, "t1": 0.2, "phase": 0.
 """lambda_i; multiplied by a setting. Maps are in units of their own spread."""
 PUBLISHED_BLOCKS = (5, 7, 3)
 """Edge of a patch, edge of the window, patches in a stack."""
-START_RATE, START_BETAS = 3e-3, (0.9, 0.99)
-"""Adam's in the fit to the linear estimate, which takes tens of steps."""
+START_RATE, START_BETAS = 5e-3, (0.9, 0.99)
+"""Adam's in the fit to the linear estimate, which is short."""
 LEAST_TIME, LARGEST_TIME = 1e-3, 100.0
 """Bounds of the relaxation times [s] in training, far beyond the physical: in air nothing else holds them."""
 
@@ -63,8 +63,8 @@ class JointSettings:
     """Epochs in which LRR is trained alone."""
     batch: int = 4
     """Readout positions in a step."""
-    start_steps: int = 0
-    """Steps in which the networks are fitted to the linear estimate and its maps first; 0: constants."""
+    start_epochs: int = 0
+    """Epochs in which the networks are fitted to the linear estimate and its maps first; 0: constants."""
     convolution: bool = True
     """Whether LRR's convolutional network is there."""
     channels: int = 32
@@ -259,7 +259,7 @@ class JointTraining:
             blocks = [
                 networks.block(slice(first, first + settings.batch)) for first in range(0, x, settings.batch)
             ]
-            if settings.start_steps:
+            if settings.start_epochs:
                 self._fit_start(networks, blocks)
             generator = torch.Generator().manual_seed(self.problem.seed)
             return train(
@@ -361,8 +361,9 @@ class JointTraining:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+            share = blocks[index].shape[0] / self._csm.shape[0]  # the last block may be smaller
             for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach()) / len(blocks)
+                sums[name] = sums.get(name, 0.0) + float(value.detach()) * share
         offset = 0.5 * self._operator.energy / (self._operator.samples * self.estimate.noise)
         losses = {name: value + (offset if name != "prior" else 0.0) for name, value in sums.items()}
         if both and self._matches is not None:
@@ -394,25 +395,37 @@ class JointTraining:
         return 2 * total / (self._left_out.samples * self.estimate.noise)
 
     def _fit_start(self, networks: JointNetworks, blocks: list[_Block]) -> None:
-        """Image-domain fit of both blocks to the linear estimate: no Fourier transforms, tens of steps."""
-        schedule = Schedule(self.settings.start_steps, START_RATE)
+        """Image-domain fit of both blocks to the linear estimate: no Fourier transforms, a few epochs.
+
+        Amplitudes are fitted in air as well, and as they are, not by their logarithm: networks that say that
+        there is tissue in air begin with a residual which is least where the amplitude is nothing everywhere,
+        and there they stay.
+        """
+        settings = self.settings
+        schedule = Schedule(settings.start_epochs, START_RATE)
         optimizer = adam([ParameterGroup(networks.parameters())], schedule, START_BETAS)
-        target, theta = self.estimate.coefficients, self.start.images(self.start.theta)  # (x, p, z, y)
-        inside = self.start.mask.to(theta)
-        for step in range(self.settings.start_steps):
-            block = blocks[step % len(blocks)]
-            u = networks.low_rank(block.maps, block.shape) - target[block.part]
-            loss = (torch.view_as_real(u).square().sum(-1) / networks.low_rank.scale.square()).mean()
-            found = networks.theta(block).reshape(*block.shape, -1).permute(0, 3, 1, 2)
-            difference = found - theta[block.part]
-            # Phases on the circle.
-            difference = torch.where(
-                (torch.arange(found.shape[1]) == 1)[:, None, None].to(inside.device),
-                2 * torch.sin(difference / 2),
-                difference,
-            )
-            weight = inside[block.part][:, None]
-            loss = loss + (weight * (difference / self._spread[:, None, None]).square()).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+        generator = torch.Generator().manual_seed(self.problem.seed)
+        target, theta = self.estimate.coefficients, self.start.images(self.start.theta)  # (x, k or p, z, y)
+        inside, names = self.start.mask.to(theta), self.start.model.names
+        phase = (torch.arange(len(names)) == names.index("phase"))[:, None, None].to(theta.device)
+        spread = self._spread[:, None, None]
+        # Outside the mask: from the signal, at the mask's middle ratio of amplitude to signal.
+        signal = torch.linalg.vector_norm(target, dim=1)  # (x, z, y)
+        amplitude = theta[:, 0].exp()
+        ratio = (amplitude / signal)[self.start.mask].median()
+        amplitude = torch.where(self.start.mask, amplitude, ratio * signal)
+        unit = amplitude[self.start.mask].square().mean().sqrt() * self._spread[0]
+        for _ in range(settings.start_epochs):
+            for index in torch.randperm(len(blocks), generator=generator).tolist():
+                block = blocks[index]
+                u = networks.low_rank(block.maps, block.shape) - target[block.part]
+                loss = (torch.view_as_real(u).square().sum(-1) / networks.low_rank.scale.square()).mean()
+                found = networks.theta(block).reshape(*block.shape, -1).permute(0, 3, 1, 2)
+                difference = found - theta[block.part]
+                difference = torch.where(phase, 2 * torch.sin(difference / 2), difference) / spread
+                weight = inside[block.part][:, None]
+                loss = loss + (weight * difference[:, 1:].square()).mean()
+                loss = loss + ((found[:, 0].exp() - amplitude[block.part]) / unit).square().mean()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
