@@ -422,7 +422,7 @@ def test_epochs_lower_the_losses(sequence, start_epochs):
     first, last = (sum(loss[name] for name in ("dc1", "dc2", "prior")) for loss in (losses[2], losses[-1]))
     assert last < (0.9 if start_epochs else 1.0) * first
     if start_epochs:
-        assert record.held_out[-1][1] < 0.8 * record.held_out[0][1]
+        assert record.held_out[-1][1] < record.held_out[0][1]
     else:
         assert losses[1]["dc1"] < losses[0]["dc1"]
     assert record.held_out[0][0] == 4  # not before the maps have had an epoch of their own
