@@ -1,5 +1,5 @@
-"""``make demo``: simulate undersampled scans of a brain, reconstruct them, print the errors and draw the
-maps."""
+"""``make demo``: simulate undersampled scans of a brain, reconstruct each by several methods, print the
+errors and draw the maps."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.image_file import TRUTH_GROUP, read_images
 from quantitron.gadgets.map_volume import map_volumes
-from quantitron.host.compare import compare, table
+from quantitron.host.compare import compare
 from quantitron.host.replay import replay
 from quantitron.phantoms.simulate import simulate
 from quantitron.reports.map_figure import figure_beside_truth
 
 logger = logging.getLogger("quantitron")
 
-PIPELINE = "subspace"
+PIPELINES = {"subspace": "subspace", "lorein": "LoREIN"}
+"""Pipeline -> its name in tables and pictures."""
+TIMES = {"T1": "T1", "T2": "T2", "T2STAR": "T2*"}
+"""Maps that are compared -> their names in tables."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +40,35 @@ class Scan:
     snr: float = 30.0
 
 
+@dataclass(frozen=True)
+class Result:
+    """What one method made of one scan."""
+
+    scan: str
+    method: str
+    nrmse: dict[str, float]
+    """Role -> error inside the brain, relative to the truth."""
+    tissue: dict[str, float]
+    """Role -> mean absolute percentage error, mean of white and grey matter (a fraction)."""
+    seconds: float
+    """From raw file to maps."""
+
+
 SCANS = (
-    Scan("vfa_gre", (64, 64, 8), (224.0, 224.0, 32.0), 8.0),
-    Scan("t2ir_gre", (64, 64, 8), (224.0, 224.0, 32.0), 40.0, excitations=40),
+    Scan("vfa_gre", (64, 80, 6), (160.0, 200.0, 24.0), 16.0),
+    Scan("t2ir_gre", (64, 80, 6), (160.0, 200.0, 24.0), 80.0, excitations=40),
 )
 
 
 def demo(folder: Path, scans: tuple[Scan, ...] = SCANS) -> str:
-    """Run all scans; raw data, maps, the comparison and a picture of each go into the folder.
+    """Run all scans; raw data, maps of each method and a picture of each scan go into the folder.
 
     Args:
         folder: where to write; what an earlier run left there is replaced.
         scans: what to simulate.
 
     Returns:
-        The errors of all maps, as text.
+        The errors of all methods, and where the pictures lie, as text.
 
     Raises:
         ScanError: if the folder cannot be written or a step fails.
@@ -61,11 +77,20 @@ def demo(folder: Path, scans: tuple[Scan, ...] = SCANS) -> str:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ScanError(f"cannot make the folder {folder}: {error.strerror}") from error
-    return "\n\n".join(_run(scan, folder) for scan in scans)
+    results: list[Result] = []
+    pictures = []
+    for scan in scans:
+        results += _run(scan, folder)
+        pictures.append(f"truth, maps and errors side by side: {_picture(scan, folder)}")
+    return "\n".join([_table(results), "", *pictures])
 
 
-def _run(scan: Scan, folder: Path) -> str:
-    raw, maps, picture = (folder / f"{scan.sequence}{suffix}" for suffix in ("_raw.h5", "_maps.h5", ".png"))
+def _picture(scan: Scan, folder: Path) -> Path:
+    return folder / f"{scan.sequence}.png"
+
+
+def _run(scan: Scan, folder: Path) -> list[Result]:
+    raw = folder / f"{scan.sequence}_raw.h5"
     simulated = simulate(
         sequence=scan.sequence,
         output=raw,
@@ -77,18 +102,59 @@ def _run(scan: Scan, folder: Path) -> str:
         excitations=scan.excitations,
         overwrite=True,
     )
-    begun = time.monotonic()
-    replay(raw, PIPELINE, maps, overwrite=True)
-    seconds = time.monotonic() - begun
-    result: dict[str, Any] = compare(maps, raw)
     size = " x ".join(str(points) for points in scan.matrix)
     headline = (
-        f"{scan.sequence}, {size}, {scan.coils} coils, SNR {scan.snr:g}, R = {simulated.acceleration:.1f}: "
-        f"'{PIPELINE}' in {seconds:.0f} s"
+        f"{scan.sequence}, {size}, {scan.coils} coils, SNR {scan.snr:g}, R = {simulated.acceleration:.0f}"
     )
-    found, truth = map_volumes(read_images(maps)), map_volumes(read_images(raw, TRUTH_GROUP))
-    figure_beside_truth(picture, found, truth, headline)
-    return f"{headline}\n{table(result)}\nmaps beside truth: {picture}"
+    results, methods = [], {}
+    for pipeline, method in PIPELINES.items():
+        maps = folder / f"{scan.sequence}_{pipeline}.h5"
+        logger.info("%s: %s", headline, method)
+        begun = time.monotonic()
+        replay(raw, pipeline, maps, overwrite=True)
+        seconds = time.monotonic() - begun
+        errors = compare(maps, raw)["maps"]
+        roles = [role for role in TIMES if role in errors]
+        results.append(
+            Result(
+                headline,
+                method,
+                {role: errors[role]["nrmse"] for role in roles},
+                {role: 0.5 * (errors[role]["mape_wm"] + errors[role]["mape_gm"]) for role in roles},
+                seconds,
+            )
+        )
+        methods[method] = map_volumes(read_images(maps))
+    middle = scan.matrix[2] // 2
+    figure_beside_truth(
+        _picture(scan, folder),
+        methods,
+        map_volumes(read_images(raw, TRUTH_GROUP)),
+        f"{headline}, partition {middle + 1} of {scan.matrix[2]}",
+        middle,
+        tuple(TIMES),
+    )
+    return results
+
+
+def _table(results: list[Result]) -> str:
+    """One line a method, under a line for each scan."""
+    names = "".join(f"{name:>8}" for name in TIMES.values())
+    width = max(len(result.method) for result in results)
+    brain, tissue = (f"{head:>{len(names)}}" for head in ("NRMSE in the brain [%]", "error in tissue [%]"))
+    lines = [f"{'':{width}}  {brain}    {tissue}      time", f"{'':{width}}  {names}    {names}       [s]"]
+    scan = ""
+    for result in results:
+        if result.scan != scan:
+            scan = result.scan
+            lines.append(scan)
+        errors = f"{_cells(result.nrmse)}    {_cells(result.tissue)}"
+        lines.append(f"{result.method:{width}}  {errors}    {result.seconds:6.1f}")
+    return "\n".join(lines)
+
+
+def _cells(errors: dict[str, float]) -> str:
+    return "".join(f"{100 * errors[role]:8.2f}" if role in errors else f"{'-':>8}" for role in TIMES)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,13 +211,13 @@ def test_maps_that_are_zero_everywhere_are_measured(tmp_path: Path, truth_file: 
 
 
 def test_figures_are_drawn(tmp_path: Path, truth_file: Path) -> None:
-    maps = brain()
-    volumes = map_volumes(read_images(write(tmp_path / "maps.h5", None, maps)))
+    volumes = map_volumes(read_images(write(tmp_path / "maps.h5", None, brain())))
     truth = map_volumes(read_images(truth_file, "truth"))
-    figure_beside_truth(tmp_path / "beside.png", volumes, truth, "title")
+    figure_beside_truth(tmp_path / "beside.png", {"ours": volumes, "theirs": volumes}, truth, "title")
     figure_of_maps(tmp_path / "alone.png", volumes, magnitude_volumes([]))
     beside, alone = (matplotlib.image.imread(tmp_path / name) for name in ("beside.png", "alone.png"))
-    assert beside.shape[1] > alone.shape[1] > 500  # six columns against four
+    assert beside.shape[1] > alone.shape[1] > 500  # five columns against four
+    assert beside.shape[0] > alone.shape[0] > 300  # six rows, one a map, against two
     for picture in (beside, alone):
         black = np.all(picture[..., :3] == 0, axis=-1).mean()
         assert 0.05 < black < 0.6  # what lies outside the mask
@@ -224,5 +225,30 @@ def test_figures_are_drawn(tmp_path: Path, truth_file: Path) -> None:
         figure_of_maps(tmp_path / "no" / "folder.png", volumes)
     with pytest.raises(ScanError, match="no map to draw"):
         figure_of_maps(tmp_path / "none.png", {})
-    with pytest.raises(ScanError, match="no map in common"):
-        figure_beside_truth(tmp_path / "none.png", volumes, {})
+    for methods, right in (({"ours": volumes}, {}), ({"ours": {}}, truth), ({}, truth)):
+        with pytest.raises(ScanError, match="no map in common"):
+            figure_beside_truth(tmp_path / "none.png", methods, right)
+
+
+def test_a_figure_shows_the_maps_asked_for_and_their_errors(tmp_path: Path, truth_file: Path) -> None:
+    """Three panels of one map: the truth, the map, which is the truth, and its error, which is nowhere."""
+    truth = map_volumes(read_images(truth_file, "truth"))
+    figure_beside_truth(tmp_path / "same.png", {"ours": truth}, truth, roles=("T1",))
+    low = {"T1": replace(truth["T1"], values=0.8 * truth["T1"].values)}
+    figure_beside_truth(tmp_path / "low.png", {"ours": low}, truth, roles=("T1",), slice_index=0)
+    same, lower = (matplotlib.image.imread(tmp_path / name)[..., :3] for name in ("same.png", "low.png"))
+    assert same.shape[1] > 1.5 * same.shape[0]  # one row
+    right = slice(int(0.65 * same.shape[1]), int(0.85 * same.shape[1]))
+
+    def blue(picture: np.ndarray) -> float:
+        red, _, blue = np.moveaxis(picture[:, right], -1, 0)
+        return float(np.mean(blue > red + 0.2))
+
+    assert blue(same) < 0.05
+    assert blue(lower) > 0.2
+    short = {"T1": replace(truth["T1"], values=truth["T1"].values[:, 1:])}
+    with pytest.raises(ScanError, match="not on the same grid"):
+        figure_beside_truth(tmp_path / "none.png", {"ours": short}, truth)
+    empty = {**truth, "MASK": replace(truth["MASK"], values=np.zeros_like(truth["MASK"].values))}
+    with pytest.raises(ScanError, match="mask of the truth is empty"):
+        figure_beside_truth(tmp_path / "none.png", {"ours": truth}, empty)
