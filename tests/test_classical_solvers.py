@@ -52,7 +52,7 @@ def _scan(sequence, **changes):
 
 
 def _solve(solver, problem: Problem, **settings) -> Maps:
-    *_, maps = solver(**settings).solve(problem, lambda doing, share: None)
+    (maps,) = solver(**settings).solve(problem, lambda doing, share: None)
     return maps
 
 
