@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
@@ -132,6 +132,25 @@ def test_a_full_scan_without_noise_gives_the_truth(sequence, noise_known):
         assert error < map_error(without, truth, mask, name) + 1e-4, name
 
 
+@pytest.mark.parametrize("settings", [QUICK, JOINT], ids=["alternating", "joint"])
+def test_the_unit_of_the_data_does_not_count(settings):
+    """Data and noise a thousand times as large, the noise level found in the data: the same maps."""
+    problem, *_ = _scan("vfa_gre", **TINY)
+    problem = replace(problem, noise_known=False)
+    reduced, calibration, lines = problem.reduced, problem.calibration, problem.kspace
+    scaled = replace(
+        problem,
+        reduced=replace(reduced, projected=1000 * reduced.projected, energy=1e6 * reduced.energy),
+        calibration=replace(calibration, samples=1000 * calibration.samples),
+        kspace=replace(lines, samples=1000 * lines.samples, energy=1e6 * lines.energy),
+    )
+    maps, others = (_solve(LoREIN, scan, **settings) for scan in (problem, scaled))
+    assert torch.equal(maps.mask, others.mask)
+    for name in ("t1", "t2star"):
+        same = {name: maps.values[name][0].nan_to_num()}
+        assert map_error(others, same, maps.mask[0], name) < 2e-3, name
+
+
 def test_networks_and_patches_each_help():
     """t2ir_gre, NRMSE of T2* [%]: neither 4.8, networks 4.5, patches 4.1, both 4.0."""
     _, truth, mask = _scan("t2ir_gre")
@@ -200,9 +219,9 @@ def test_without_preview_there_are_only_the_final_maps():
 
 def test_without_networks_and_patches_it_is_the_model_based_solver():
     problem, *_ = _scan("vfa_gre", **TINY)
-    settings = LoREIN()
+    settings = {entry.name: getattr(LoREIN(), entry.name) for entry in fields(ModelBased)}
     found = _solve(LoREIN, problem, network_rounds=0, wnnm=0)
-    assert _same(found, _solve(ModelBased, problem, weight=settings.weight, rounds=settings.rounds))
+    assert _same(found, _solve(ModelBased, problem, **settings))
     assert _same(found, _solve(LoREIN, replace(problem, seed=9), network_rounds=0, wnnm=0))
 
 

@@ -61,6 +61,8 @@ class LoREIN(ModelBased):
     """How the objective is minimised; ``joint`` is the published form."""
     preview: bool = True
     """Whether the maps of the linear estimate are sent as soon as they are there."""
+    linear_iterations: int = field(default=10, metadata={"minimum": 1})
+    """Conjugate gradient steps of the third pass: those of ``subspace``, whose maps are the preview."""
     weight: float = field(default=0.1, metadata={"above": 0})
     """Factor on the total variation of the relaxation times: a little less than without networks."""
     rounds: int = field(default=3, metadata={"minimum": 1})
