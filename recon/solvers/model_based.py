@@ -51,7 +51,7 @@ class ModelBased(CartesianSolver):
 
     name: ClassVar[str] = "model_based"
 
-    weight: float = field(default=0.12, metadata={"above": 0})
+    weight: float = field(default=0.15, metadata={"above": 0})
     """Factor on the total variation of the relaxation times; its scale follows from noise and edges."""
     amplitude_weight: float = field(default=0.12, metadata={"above": 0})
     """The same for log amplitude, phase and off-resonance."""
