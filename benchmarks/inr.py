@@ -61,9 +61,10 @@ def measured_replay(raw: Path, pipeline: str, maps: Path, settings: Iterable[str
     begun = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - begun
-    if status != 0:
-        raise SystemExit(f"{' '.join(command)} ended with status {status}")
+    if process.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
     return seconds, usage.ru_maxrss / 1e6
 
 
