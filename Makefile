@@ -11,7 +11,8 @@ STAMP := $(VENV)/.installed
 
 install: $(STAMP)
 
-# Simulate two undersampled scans, reconstruct them, print the errors and draw the maps into demo/.
+# Simulate two undersampled scans, reconstruct each by `subspace` and `lorein`, print the errors and draw the maps
+# into demo/.
 demo: $(STAMP)
 	$(BIN)/python -m quantitron.host.demo
 

@@ -79,6 +79,7 @@ def _devices() -> list[Finding]:
         findings.append(Finding(f"cuda:{index}", "ok", f"{properties.name}, {memory:.0f} GiB"))
     if not available:
         findings.append(Finding("cuda", "note", "no GPU; reconstructions run on the processors"))
+    findings.append(hash_grid(available))
     if wanted:
         try:
             device = torch.device(wanted)
@@ -88,6 +89,23 @@ def _devices() -> list[Finding]:
         detail = f"{wanted} {'is there' if fit else 'is not a device of this machine'}"
         findings.append(Finding("QUANTITRON_DEVICE", "ok" if fit else "broken", detail))
     return findings
+
+
+def hash_grid(gpu: bool) -> Finding:
+    """Which hash grid the coordinate networks would use: tiny-cuda-nn's is for GPUs, and optional there.
+
+    Args:
+        gpu: whether there is a GPU; the library cannot even be imported without.
+    """
+    from quantitron.recon.networks.tiny_cuda_grid import MODULE, find_library
+
+    if not gpu:
+        return Finding(MODULE, "note", "for GPUs; coordinate networks take the sparse-matrix hash grid")
+    if find_library() is None:
+        return Finding(
+            MODULE, "note", "cannot be imported; coordinate networks take the sparse-matrix hash grid"
+        )
+    return Finding(MODULE, "ok", "coordinate networks take its hash grid on a GPU")
 
 
 def _pipelines() -> list[Finding]:

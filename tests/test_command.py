@@ -5,10 +5,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from stand_in import gather, pipeline, scan, write_raw
 
+from quantitron.host.doctor import hash_grid
 from quantitron.pipelines import pipeline_names
 
 pytestmark = pytest.mark.timeout(240)
@@ -69,6 +71,15 @@ def test_doctor_finds_this_machine_fit():
     assert states["torch"] == "ok"
     assert found["ok"] == ("broken" not in states.values())
     assert done.returncode == (0 if found["ok"] else 1)
+
+
+def test_doctor_says_which_hash_grid_is_used(monkeypatch):
+    assert "for GPUs" in hash_grid(gpu=False).detail
+    monkeypatch.setitem(sys.modules, "tinycudann", None)  # importing it raises ImportError
+    assert hash_grid(gpu=True).state == "note"
+    assert "cannot be imported" in hash_grid(gpu=True).detail
+    monkeypatch.setitem(sys.modules, "tinycudann", ModuleType("tinycudann"))
+    assert hash_grid(gpu=True).state == "ok"
 
 
 def test_doctor_fails_where_a_device_is_missing(monkeypatch):
