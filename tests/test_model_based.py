@@ -163,10 +163,10 @@ def test_gradient_of_the_objective_is_that_of_finite_differences(sequence):
     problem, *found = _started(sequence)
     estimate, start = _double(problem, found[0], found[2])
     objective = MapObjective(estimate, start, ModelBased().variation(estimate, start))
-    theta = start.theta
-    gradient = objective(theta).linearise().gradient
     generator = torch.Generator().manual_seed(0)
-    units = start.model.units(theta)
+    units = start.model.units(start.theta)
+    theta = start.theta + 0.1 * units * torch.randn(start.theta.shape, generator=generator)
+    gradient = objective(theta).linearise().gradient
     for number in range(len(start.model.names) + 2):
         direction = torch.randn(theta.shape, dtype=theta.dtype, generator=generator) * units
         if number < theta.shape[1]:  # one kind of unknown alone
@@ -227,6 +227,16 @@ def test_truth_is_where_data_without_noise_pull_nowhere():
     at_truth = objective(start.theta).linearise().gradient.norm()
     beside = objective(start.theta + 0.01 * start.model.units(start.theta)).linearise().gradient.norm()
     assert float(at_truth) < 1e-3 * float(beside)
+
+
+def test_a_whole_turn_of_phase_costs_nothing():
+    _, estimate, _, start = _started()
+    variation, turned = ModelBased().variation(estimate, start), start.theta.clone()
+    turned[::2, start.model.names.index("phase")] += 2 * math.pi
+    value = variation.value(start.images(start.theta))
+    assert variation.value(start.images(turned)) == pytest.approx(value, rel=1e-5)
+    other = ModelBased().variation(estimate, replace(start, theta=turned))
+    assert other.value(start.images(turned)) == pytest.approx(value, rel=1e-4)
 
 
 def test_times_stay_in_their_range():
@@ -384,6 +394,24 @@ def test_the_same_data_give_the_same_maps(sequence):
     first, second = (_solve(ModelBased, problem) for _ in range(2))
     for name, values in first.values.items():
         assert torch.equal(values.nan_to_num(), second.values[name].nan_to_num()), name
+
+
+def test_the_unit_of_the_data_does_not_count():
+    """Data and noise a thousand times as large, the noise level found in the data: the same maps."""
+    problem, truth, mask = _scan("vfa_gre", grid=(2, 20, 20), acceleration=4, noise=0.2)
+    problem = replace(problem, noise_known=False)
+    reduced, calibration = problem.reduced, problem.calibration
+    scaled = replace(
+        problem,
+        reduced=replace(reduced, projected=1000 * reduced.projected, energy=1e6 * reduced.energy),
+        calibration=replace(calibration, samples=1000 * calibration.samples),
+    )
+    maps, others = _solve(ModelBased, problem), _solve(ModelBased, scaled)
+    assert torch.equal(maps.mask, others.mask)
+    for name in ("t1", "t2star"):
+        same = {name: maps.values[name][0].nan_to_num()}
+        assert map_error(others, same, maps.mask[0], name) < 1e-3, name
+        assert map_error(maps, truth, mask, name) < 0.1, name
 
 
 def test_batches_change_nothing():
