@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import os
 import tempfile
 import time
@@ -168,9 +169,14 @@ class _progress_of:
     def __init__(self, number: int, slices: int) -> None:
         self._where = f"slice {number + 1}/{slices}: " if slices > 1 else ""
         self._start = time.monotonic()
+        self._last = -math.inf
 
     def __call__(self, doing: str, share: float) -> None:
-        seconds = time.monotonic() - self._start
+        now = time.monotonic()
+        if now - self._last < 1 and share < 1:
+            return
+        self._last = now
+        seconds = now - self._start
         logger.info("%s%3.0f %% %s (%.1f s)", self._where, 100 * share, doing, seconds)
 
 
