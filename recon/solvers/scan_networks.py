@@ -25,8 +25,8 @@ from quantitron.recon.signal.models import CONTRAST_PARAMETERS, CONTRAST_SIGNALS
 _LEAST_TIME, _LARGEST_TIME = 1e-3, 100.0
 """Bounds of the relaxation times [s], far outside the physical ones: in air nothing else holds them."""
 _LEAST_PHASOR = 1e-6
-_COARSE_SCALE = 0.1
-"""Change of inversion efficiency (relative) and of given coil maps for a network's output of 1."""
+_INVERSION_SCALE = 0.1
+"""Relative change of the inversion efficiency for a network's output of 1."""
 
 
 @dataclass(frozen=True)
@@ -146,15 +146,14 @@ class ScanNetworks(nn.Module):
         )
         self.inversion: RealField | None = None
         if start.inversion is not None:
-            small = torch.full((1,), _COARSE_SCALE, device=device)
+            small = torch.full((1,), _INVERSION_SCALE, device=device)
             self.inversion = RealField(network(coarse, 1, 1), start.inversion.to(device), small)
         self.coils: ComplexField | None = None
         if settings.coils > 1:  # with one coil its map and the amplitude are one
             begin = 1.0 if settings.multiply_coils else settings.coils**-0.5
-            scales = _COARSE_SCALE if settings.multiply_coils else 1.0
             ones = torch.ones(settings.coils, device=device)
             self.coils = ComplexField(
-                network(coarse, 2 * settings.coils, 2, shared_encoder=True), begin * ones + 0j, scales * ones
+                network(coarse, 2 * settings.coils, 2, shared_encoder=True), begin * ones + 0j
             )
 
     def points(self, coordinates: Tensor, shape: tuple[int, int, int], gradient: bool = True) -> Points:
