@@ -71,10 +71,10 @@ class FitSettings:
     """Patches in a stack."""
     shared_encoder: bool = False
     """One hash grid for amplitude and relaxation times in place of one for each."""
-    log2_rows: int = field(default=15, metadata={"minimum": 3, "maximum": 24})
-    """A resolution of their hash grid has at most 2^log2_rows rows."""
-    phase_log2_rows: int = field(default=15, metadata={"minimum": 3, "maximum": 24})
-    """The same for the echo phases; LoREIN has 12, which leaves more of the field than the noise hides."""
+    log2_rows: int = field(default=17, metadata={"minimum": 3, "maximum": 24})
+    """A resolution of their hash grid has at most 2^log2_rows rows: about as many as there are voxels."""
+    phase_log2_rows: int = field(default=17, metadata={"minimum": 3, "maximum": 24})
+    """The same for the echo phases; with LoREIN's 12 the networks miss more of the field than noise hides."""
     held_out: float = field(default=0.03, metadata={"minimum": 0, "maximum": 0.5})
     """Share of the lines kept aside; 0: none, and the last epoch's networks count."""
     check_every: int = field(default=2, metadata={"minimum": 1})
