@@ -8,10 +8,13 @@ z     partition (kz, or slice direction in image space)
 y     phase-encoding line (ky, or phase direction)
 x     readout position in image space (the readout is Fourier transformed on arrival)
 c     receive channel
-w     contrast: flat index over (TI, tau), TI slowest; over flip angle for ``vfa_gre``
+w     contrast: flat index over (TI, tau), TI slowest; over flip angle for ``vfa_gre``; time
+      point for ``fisp_mrf``
 e     echo (TE)
 t     frame: flat index over (TI, tau, TE), ``t = w * n_echoes + e``
 l     component of the temporal basis over the contrasts
+d     direction of k-space on any trajectory, in the order x, y[, z]
+n     sample along any trajectory
 ====  ==============================================================================
 """
 
@@ -26,10 +29,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Encoding:
-    """Sampling grid and delivered grid of a Cartesian scan. Tuples run (z, y, x)."""
+    """Grid that k-space is sampled on or images are made on, and delivered grid. Tuples run (z, y, x)."""
 
     matrix: tuple[int, int, int]
-    """Points of the k-space grid (z, y, x) after readout oversampling is removed."""
+    """Points of the k-space grid (z, y, x) after readout oversampling is removed; voxels, for a scan on any
+    trajectory."""
     field_of_view: tuple[float, float, float]
     """Extent of ``matrix`` [m], (z, y, x)."""
     delivered_matrix: tuple[int, int, int]
@@ -39,6 +43,7 @@ class Encoding:
     coils: int = 1
     """Receive channels."""
     trajectory: str = "cartesian"
+    """As the header names it. All but ``cartesian`` bring the k-space position of every sample along."""
 
     @property
     def voxel_size(self) -> tuple[float, float, float]:
@@ -66,17 +71,18 @@ class Protocol:
     """What the sequence played. Times in seconds, angles in radians."""
 
     sequence: str
-    """``t2ir_gre``, ``vfa_gre`` or ``megre``."""
+    """``t2ir_gre``, ``vfa_gre``, ``megre`` or ``fisp_mrf``."""
     echo_time: tuple[float, ...]
-    """Echo times [s], (e,)."""
+    """Echo times [s], (e,). ``fisp_mrf``: from an excitation to the first sample, one value."""
     repetition_time: tuple[float, ...]
-    """Repetition time [s], one value, or one for each time point."""
+    """Repetition time [s], one value, or for ``fisp_mrf`` one for each time point, (w,)."""
     flip_angle: tuple[float, ...]
-    """Flip angles [rad]: one, or for ``vfa_gre`` one for each contrast, (w,)."""
+    """Flip angles [rad]: one, or for ``vfa_gre`` and ``fisp_mrf`` one for each contrast, (w,)."""
     preparation_time: tuple[float, ...] = ()
     """T2-preparation times tau [s], (tau,); only ``t2ir_gre``."""
     inversion_time: tuple[float, ...] = ()
-    """Inversion times [s] as the header gives them; excitation n otherwise follows at n TR."""
+    """Inversion times [s] as the header gives them; excitation n otherwise follows at n TR. ``fisp_mrf``:
+    one, from the inversion to the first excitation; none where nothing is inverted."""
     excitations: int = 1
     """Excitations N after each preparation; only ``t2ir_gre``."""
     inversion_efficiency: float | None = None
@@ -85,13 +91,15 @@ class Protocol:
     """Main field [T]."""
     phase_sign: int = 1
     """Sign of the echo phase: ``phase = phi0 + phase_sign 2 pi b0 TE``."""
+    rf_phase: tuple[float, ...] = ()
+    """Phase [rad] of each pulse of ``fisp_mrf``, (w,), which the receiver follows; empty: all alike."""
 
     @property
     def contrast_shape(self) -> tuple[int, int, int]:
         """Lengths of the contrast axes (TI, tau, TE) of the 6D k-space."""
         if self.sequence == "t2ir_gre":
             return self.excitations, len(self.preparation_time), len(self.echo_time)
-        if self.sequence == "vfa_gre":
+        if self.sequence in ("vfa_gre", "fisp_mrf"):
             return len(self.flip_angle), 1, len(self.echo_time)
         return 1, 1, len(self.echo_time)
 
@@ -161,6 +169,64 @@ class KSpace:
         spectrum = spectrum.reshape(n_ti, n_tau, n_te, nz, ny, coils, nx)  # (TI, tau, TE, z, y, c, kx)
         result: Tensor = spectrum.permute(5, 6, 4, 3, 0, 1, 2)  # (c, kx, ky, kz, TI, tau, TE)
         return result
+
+
+@dataclass(frozen=True)
+class TrajectoryKSpace:
+    """Samples along any trajectory, whitened, readout after readout. A repeated readout stands there twice.
+
+    With r the voxel index counted from n // 2: ``s(k) = sum_r I(r) exp(-2 pi i k.r) / sqrt(z y x)``.
+    """
+
+    samples: Tensor
+    """(c, n) complex64: the samples of all readouts, one readout after the other."""
+    trajectory: Tensor
+    """(n, d) float32: k-space position in cycles per voxel, columns x, y[, z], -0.5..0.5; d is 2 or 3."""
+    readout_length: Tensor
+    """(readout,) int64: samples of each readout; their sum is n."""
+    time_point: Tensor
+    """(readout,) int64: w of each readout."""
+    slice: Tensor
+    """(readout,) int64: s of each readout."""
+    density: Tensor | None
+    """(n,) float32: density compensation weights, where the scan brought some."""
+    energy: float
+    """Sum of |s|^2 over all samples."""
+    time_points: int
+    """Length of the schedule; time points may be missing."""
+    grid: tuple[int, int, int, int]
+    """(s, z, y, x) of the images."""
+
+    @property
+    def acquired_samples(self) -> int:
+        """Complex samples acquired, over coils."""
+        return self.samples.numel()
+
+    def of_slice(self, index: int) -> TrajectoryKSpace:
+        """The readouts of one slice, as a scan of one slice (s = 1)."""
+        return self.where(self.slice == index, (1, *self.grid[1:]))
+
+    def where(self, chosen: Tensor, grid: tuple[int, int, int, int] | None = None) -> TrajectoryKSpace:
+        """The readouts for which ``chosen`` (readout,) bool holds.
+
+        Args:
+            chosen: which of them.
+            grid: (s, z, y, x) of the result, whose readouts then all belong to slice 0; the same if None.
+        """
+        whole = bool(chosen.all())
+        points = None if whole else chosen.repeat_interleave(self.readout_length)  # (n,)
+        samples = self.samples if points is None else self.samples[:, points]
+        return replace(
+            self,
+            samples=samples,
+            trajectory=self.trajectory if points is None else self.trajectory[points],
+            readout_length=self.readout_length[chosen],
+            time_point=self.time_point[chosen],
+            slice=self.slice[chosen] * (1 if grid is None else 0),
+            density=self.density if self.density is None or points is None else self.density[points],
+            energy=self.energy if whole else float(samples.abs().square().sum(dtype=torch.float64)),
+            grid=self.grid if grid is None else grid,
+        )
 
 
 @dataclass(frozen=True)
@@ -247,6 +313,71 @@ class Problem:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
+@dataclass(frozen=True)
+class FingerprintDictionary:
+    """Simulated fingerprints over a grid of T1 x T2 (x B1), in their own temporal basis."""
+
+    t1: Tensor
+    """(i,) [s], ascending, spaced evenly in the logarithm."""
+    t2: Tensor
+    """(j,) [s], likewise."""
+    b1: Tensor
+    """(b,) actual over nominal flip angle, ascending, spaced evenly; (1.0,) where it was not varied."""
+    axes: Tensor
+    """(w, r) real or complex, orthonormal columns, the strongest first: they span the dictionary."""
+    variance: Tensor
+    """(r,) float: share of the energy of the normalised atoms that each column holds."""
+    coefficients: Tensor
+    """(b, i, j, r) of ``axes``' dtype: ``signal = axes @ coefficients``, not normalised, for unit PD."""
+
+    @property
+    def plausible(self) -> Tensor:
+        """(i, j) bool: where T2 is not above T1. The others exist for interpolation's sake."""
+        return self.t2 <= self.t1[:, None]
+
+    def basis(self, rank: int | float) -> Basis:
+        """The leading columns.
+
+        Args:
+            rank: their number (int), or the share of the energy to keep (float).
+
+        Raises:
+            ValueError: if there are fewer columns than ``rank``, or it is not positive.
+        """
+        columns = self.axes.shape[1]
+        if rank <= 0 or (isinstance(rank, float) and rank > 1):
+            raise ValueError(f"rank {rank} is neither a number of columns nor a share of the energy in 0..1")
+        if isinstance(rank, int) and rank > columns:
+            raise ValueError(f"rank {rank} is above the {columns} columns that span the dictionary")
+        share = self.variance.double().cumsum(0)
+        kept = rank if isinstance(rank, int) else min(columns, int((share < rank - 1e-12).sum()) + 1)
+        return Basis(
+            self.axes[:, :kept].contiguous(), self.variance[:kept], float(share[kept - 1]), "dictionary"
+        )
+
+
+@dataclass(frozen=True)
+class FingerprintProblem:
+    """Everything that a solver of fingerprints may use. One slice or slab: s = 1 throughout."""
+
+    encoding: Encoding
+    protocol: Protocol
+    kspace: TrajectoryKSpace
+    """The readouts of this slice."""
+    basis: Basis
+    """Temporal basis over the time points."""
+    dictionary: FingerprintDictionary
+    """What the coefficients are matched with. ``basis`` holds its leading columns, unless it was measured."""
+    calibration: TrajectoryKSpace | None = None
+    """Calibration readouts, where the scan has them."""
+    b1: Tensor | None = None
+    """(z, y, x) actual over nominal flip angle, where it is known."""
+    noise_known: bool = True
+    """Whether the data were whitened with a noise scan (then E|n|^2 = 1 for each sample)."""
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
 MAP_NAMES = ("t1", "t2", "t2star", "pd", "b0", "phase", "inversion")
 """Maps that a solver may return, in the order of delivery."""
 
@@ -254,6 +385,7 @@ SEQUENCE_MAPS: Mapping[str, tuple[str, ...]] = {
     "vfa_gre": ("t1", "t2star", "pd", "b0", "phase"),
     "t2ir_gre": ("t1", "t2", "t2star", "pd", "b0", "phase", "inversion"),
     "megre": ("t2star", "pd", "b0", "phase"),
+    "fisp_mrf": ("t1", "t2", "pd"),
 }
 """Which maps each sequence gives."""
 
@@ -314,12 +446,12 @@ class Maps:
 class ScanData:
     """What accumulation hands on: the lines, or their reduced form, or both; and what comes beside them."""
 
-    kspace: KSpace | None
+    kspace: KSpace | TrajectoryKSpace | None
     """Sampled lines; None where the basis was known beforehand and no solver asked for lines."""
     reduced: ReducedKSpace | None
     """Gram form of all slices; None where the basis must still be found in the data."""
     navigator: Navigator | None
-    calibration: Calibration | None
+    calibration: Calibration | TrajectoryKSpace | None
     noise_known: bool
     """Whether the samples were whitened with a noise scan."""
     energy: tuple[float, ...]
