@@ -14,6 +14,7 @@ e     echo (TE)
 t     frame: flat index over (TI, tau, TE), ``t = w * n_echoes + e``
 l     component of the temporal basis over the contrasts
 d     direction of k-space on any trajectory, in the order x, y[, z]
+g     distinct readout: all readouts of one trajectory
 n     sample along any trajectory
 ====  ==============================================================================
 """
@@ -293,6 +294,40 @@ class ReducedKSpace:
     """Complex samples acquired, over coils and readout."""
     basis: Basis
     """The basis that both are expressed in."""
+
+
+@dataclass(frozen=True)
+class TrajectorySums:
+    """The least-squares data term of one slice on any trajectory in Gram form (METHODS 1).
+
+    Readouts t of bitwise equal trajectory, a group g, see the same Fourier transform: summed over each group,
+    they cost as much as the distinct ones alone. With F_g the transform onto the points of g and
+    Psi the temporal basis,
+
+        1/2 sum |s - Psi F C u|^2 = 1/2 sum_{g,c} [(F_g C_c u)^H G_g (F_g C_c u) - 2 Re((F_g C_c u)^H b_{g,c})]
+                                    + 1/2 energy
+    """
+
+    trajectory: Tensor
+    """(n, d) float: points of the distinct readouts, one readout after the other; cycles per voxel, x, y[, z]."""
+    readout: Tensor
+    """(n,) int64: the distinct readout g that each point belongs to."""
+    gram: Tensor
+    """(g, l, l): G = sum over the readouts of g of conj(Psi_w) Psi_w^T; real for a real basis."""
+    projected: Tensor
+    """(l, c, n) complex: b = sum over the readouts of g of conj(Psi_w) s."""
+    count: Tensor
+    """(g,) int64: readouts in each group."""
+    density: Tensor | None
+    """(n,) float: density compensation weights of the scan, where it brought some."""
+    energy: float
+    """Sum of |s|^2 over all acquired samples."""
+    samples: int
+    """Complex samples acquired, over coils."""
+    basis: Basis
+    """The basis that both sums are expressed in."""
+    grid: tuple[int, int, int]
+    """(z, y, x) of the images."""
 
 
 @dataclass(frozen=True)

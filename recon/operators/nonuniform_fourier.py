@@ -1,0 +1,165 @@
+"""Fourier transform onto any trajectory (NUFFT), unitary by the voxel count, centred at voxel n // 2.
+
+    s(k) = sum_r I(r) exp(-2 pi i k.r) / sqrt(z y x)
+
+finufft does the work on the CPU and cufinufft on a GPU (Barnett, Magland, af Klinteberg 2019). They are called
+directly: plans are kept, so that a trajectory is sorted once for all transforms on it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantitron.recon.operators.linear_operator import LinearOperator
+
+ROUNDING = 1e-3
+"""Excess over 0.5 cycles per voxel that is taken for rounding; the transform is periodic there anyway."""
+MOST_AT_ONCE = 64
+"""Images that one call transforms; bounds memory, changes no result."""
+
+
+class NonuniformFourier(LinearOperator):
+    """Images (..., z, y, x) -> samples (..., n) along a trajectory; the adjoint is exact to ``tolerance``.
+
+    A trajectory of two columns needs z = 1, or transforms each z-plane alike: (..., z, y, x) -> (..., z, n),
+    with z counted in the unitary factor in neither case.
+    """
+
+    def __init__(
+        self, trajectory: Tensor, grid: tuple[int, int, int], tolerance: float | None = None
+    ) -> None:
+        """Keep the trajectory; plans are made when they are first needed.
+
+        Args:
+            trajectory: (n, d) in cycles per voxel, columns x, y[, z], within +-0.5.
+            grid: (z, y, x) of the images.
+            tolerance: relative error; None: 1e-6 for complex64, 1e-12 for complex128.
+
+        Raises:
+            ValueError: if the trajectory has neither 2 nor 3 columns, no points, values that are not finite
+                or values outside +-0.5.
+        """
+        if trajectory.ndim != 2 or trajectory.shape[1] not in (2, 3) or not len(trajectory):
+            raise ValueError(f"the trajectory must be (points, 2 or 3), not {tuple(trajectory.shape)}")
+        if not bool(torch.isfinite(trajectory).all()):
+            raise ValueError("the trajectory holds values that are not finite")
+        largest = float(trajectory.abs().max())
+        if largest > 0.5 + ROUNDING:
+            raise ValueError(f"the trajectory reaches {largest:g} cycles per voxel, beyond +-0.5")
+        self._trajectory = trajectory
+        self._grid = grid
+        self._tolerance = tolerance
+        dimensions = trajectory.shape[1]
+        self._modes = grid[3 - dimensions :]  # ([z, ]y, x)
+        self._scale = 1 / math.sqrt(math.prod(self._modes))
+        self._plans: dict[tuple[int, int, torch.dtype, int], Any] = {}
+
+    @property
+    def trajectory(self) -> Tensor:
+        """(n, d) in cycles per voxel."""
+        return self._trajectory
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(z, y, x) of the images."""
+        return self._grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (..., z, y, x) -> samples (..., n), or (..., z, n) for several z-planes in 2D."""
+        return _Transform.apply(x, self, 2)  # type: ignore[no-any-return, no-untyped-call]
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Samples (..., n), or (..., z, n) for several z-planes in 2D -> images (..., z, y, x)."""
+        return _Transform.apply(y, self, 1)  # type: ignore[no-any-return, no-untyped-call]
+
+    @property
+    def _planes(self) -> tuple[int, ...]:
+        """Axis (z,) that a 2D trajectory leaves alone, where there is one."""
+        return self._grid[:1] if len(self._modes) == 2 and self._grid[0] > 1 else ()
+
+    def transform(self, values: Tensor, kind: int) -> Tensor:
+        """Type 1 (adjoint) or 2 (forward), no gradients."""
+        points = len(self._trajectory)
+        if kind == 2:
+            expected, length = self._grid, math.prod(self._modes)
+            lead = values.shape[:-3] + self._planes
+        else:
+            expected, length = (*self._planes, points), points
+            lead = values.shape[:-1]
+        if tuple(values.shape[values.ndim - len(expected) :]) != expected:
+            raise ValueError(f"the transform expects (..., {expected}), not {tuple(values.shape)}")
+        if not values.is_complex():
+            values = values.to(torch.complex128 if values.dtype == torch.float64 else torch.complex64)
+        flat = values.reshape(-1, length).contiguous()
+        shape = (points,) if kind == 2 else self._modes
+        result = flat.new_empty(len(flat), *shape)
+        for start in range(0, len(flat), MOST_AT_ONCE):
+            part = flat[start : start + MOST_AT_ONCE]
+            data = part.reshape(len(part), *self._modes) if kind == 2 else part
+            self._execute(kind, data, result[start : start + MOST_AT_ONCE])
+        result *= self._scale
+        return (
+            result.reshape(*lead, points)
+            if kind == 2
+            else result.reshape(*(lead[:-1] if self._planes else lead), *self._grid)
+        )
+
+    def _execute(self, kind: int, data: Tensor, out: Tensor) -> None:
+        """Transform (b, ...) into ``out``, by the library of the device."""
+        plan = self._plan(kind, len(data), data.dtype, data.device)
+        one = len(data) == 1  # the libraries want no axis for one transform
+        data, out = (data[0], out[0]) if one else (data, out)
+        if data.is_cuda:
+            plan.execute(data, out)
+        else:
+            plan.execute(data.numpy(), out.numpy())
+
+    def _plan(self, kind: int, transforms: int, dtype: torch.dtype, device: torch.device) -> Any:
+        threads = torch.get_num_threads()
+        key = (kind, transforms, dtype, threads)
+        if key not in self._plans:
+            double = dtype == torch.complex128
+            tolerance = self._tolerance or (1e-12 if double else 1e-6)
+            sign = 1 if kind == 1 else -1
+            # Both libraries name the first axis of an image x: the axes here run ([z, ]y, x).
+            angles = (2 * math.pi * self._trajectory.double()).flip(1).T
+            name = "complex128" if double else "complex64"
+            if device.type == "cuda":
+                from cufinufft import Plan as CudaPlan
+
+                plan = CudaPlan(
+                    kind, self._modes, transforms, tolerance, sign, name, gpu_device_id=device.index or 0
+                )
+                columns = [
+                    column.to(device, torch.float64 if double else torch.float32).contiguous()
+                    for column in angles
+                ]
+            else:
+                from finufft import Plan
+
+                plan = Plan(kind, self._modes, transforms, tolerance, sign, name, nthreads=threads)
+                columns = [
+                    np.ascontiguousarray(column.cpu().numpy(), np.float64 if double else np.float32)
+                    for column in angles
+                ]
+            plan.setpts(*columns)
+            self._plans[key] = plan
+        return self._plans[key]
+
+
+class _Transform(torch.autograd.Function):
+    """Forward and adjoint with their gradients: each is the other's."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, operator: NonuniformFourier, kind: int) -> Tensor:
+        ctx.operator, ctx.kind = operator, kind
+        return operator.transform(values.detach(), kind)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.operator.transform(slope, 3 - ctx.kind), None, None
