@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
@@ -9,21 +10,24 @@ import torch
 from torch import Tensor
 
 from quantitron.recon.data import Protocol
-from quantitron.recon.signal import megre, t2ir_gre, vfa_gre
+from quantitron.recon.signal import fisp_mrf, megre, t2ir_gre, vfa_gre
 from quantitron.recon.signal.spoiled_gre import echo_signal
 
 ContrastSignal: TypeAlias = Callable[[Mapping[str, Tensor], Protocol, "Tensor | None"], Tensor]
-"""Signal over the contrasts at TE = 0: (parameters of shape (...), protocol, b1) -> (..., w)."""
+"""Signal over the contrasts at TE = 0 (``fisp_mrf``: at TE): (parameters of shape (...), protocol, b1) ->
+(..., w)."""
 
 CONTRAST_SIGNALS: Mapping[str, ContrastSignal] = {
     "t2ir_gre": t2ir_gre.contrast_signal,
     "vfa_gre": vfa_gre.contrast_signal,
     "megre": megre.contrast_signal,
+    "fisp_mrf": fisp_mrf.contrast_signal,
 }
 CONTRAST_PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "t2ir_gre": t2ir_gre.PARAMETERS,
     "vfa_gre": vfa_gre.PARAMETERS,
     "megre": megre.PARAMETERS,
+    "fisp_mrf": fisp_mrf.PARAMETERS,
 }
 SEQUENCES = tuple(CONTRAST_SIGNALS)
 
@@ -32,7 +36,8 @@ def signal(parameters: Mapping[str, Tensor], protocol: Protocol, b1: Tensor | No
     """Complex signal of every frame for unit A and zero receive phase.
 
     Args:
-        parameters: ``t2star`` [s], ``b0`` [Hz] and the sequence's own parameters, shape (...).
+        parameters: ``t2star`` [s] (not ``fisp_mrf``, whose fingerprints hold their decay), ``b0`` [Hz] and
+            the sequence's own parameters, shape (...).
         protocol: the sequence.
         b1: actual over nominal flip angle, shape (...); 1 where absent.
 
@@ -47,6 +52,8 @@ def signal(parameters: Mapping[str, Tensor], protocol: Protocol, b1: Tensor | No
             f"no signal model for sequence '{protocol.sequence}'; there are {', '.join(SEQUENCES)}"
         )
     contrast = CONTRAST_SIGNALS[protocol.sequence](parameters, protocol, b1)  # (..., w)
-    time = torch.tensor(protocol.echo_time, dtype=contrast.dtype, device=contrast.device)
-    echo = echo_signal(parameters["t2star"], parameters["b0"], time, protocol.phase_sign)  # (..., e)
+    b0 = parameters["b0"]
+    time = torch.tensor(protocol.echo_time, dtype=b0.dtype, device=b0.device)
+    t2star = torch.full_like(b0, math.inf) if protocol.sequence == "fisp_mrf" else parameters["t2star"]
+    echo = echo_signal(t2star, b0, time, protocol.phase_sign)  # (..., e)
     return (contrast[..., :, None] * echo[..., None, :]).flatten(-2)  # (..., t)
