@@ -68,10 +68,10 @@ def coefficient_basis(
     if isinstance(rank, int) and rank > protocol.frames:
         raise ValueError(f"rank {rank} is above the {protocol.frames} frames of the scan")
     echoes = echo_dictionary(protocol, b0_range, tissue_range["t2star"])
-    echo_variance, echo_axes = _principal_axes(echoes.atoms)  # (m,), (e, m)
+    echo_variance, echo_axes = principal_axes(echoes.atoms)  # (m,), (e, m)
     if basis.source == "dictionary":
         atoms = contrast_dictionary(protocol, tissue_range).atoms @ basis.contrast.double()  # (a, l)
-        contrast_variance, contrast_axes = _principal_axes(atoms)  # (n,), (l, n)
+        contrast_variance, contrast_axes = principal_axes(atoms)  # (n,), (l, n)
     else:
         contrast_variance = basis.variance.double() / basis.variance.double().sum()
         contrast_axes = torch.eye(basis.rank, dtype=torch.float64)
@@ -127,7 +127,7 @@ _DICTIONARY_VOXELS = 2
 """Voxels a component that the dictionary's variances count as, when they are learnt from a scan."""
 
 
-def _principal_axes(atoms: Tensor) -> tuple[Tensor, Tensor]:
+def principal_axes(atoms: Tensor) -> tuple[Tensor, Tensor]:
     """Mean squares (n,), descending and of sum 1, and axes (n, n) of normalised atoms (a, n)."""
     atoms = atoms / torch.linalg.vector_norm(atoms, dim=1, keepdim=True)
     values, vectors = torch.linalg.eigh(atoms.T @ atoms.conj() / len(atoms))

@@ -7,6 +7,8 @@ as calibration data. The maps have unit root-sum-of-squares at every voxel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
@@ -43,6 +45,20 @@ def coil_maps(
     block = _calibration_block(calibration) if calibration is not None else None
     if block is None:
         block = _centre_block(reduced, wide, noise)
+    return maps_of_block(block, (nz, ny, nx))
+
+
+def maps_of_block(block: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Maps from the k-space centre of images of several coils.
+
+    Args:
+        block: (k, c, z, y, x) centred k-space; the images k share the coil maps.
+        grid: (z, y, x) of the maps.
+
+    Returns:
+        csm (x, c, z, y) complex64 of unit root-sum-of-squares; all coils alike where there is no signal.
+    """
+    coils, (nz, ny, nx) = block.shape[1], grid
     if not block.abs().max() > 0:
         return torch.full((nx, coils, nz, ny), coils**-0.5, dtype=torch.complex64)
     places = tuple(
@@ -54,8 +70,8 @@ def coil_maps(
     ):
         window -= 1
     maps, eigenvalue = espirit(block, (places[0], places[1], places[2]), (6, window, window))
-    maps = refer_phase(maps, eigenvalue * _energy_at(block, maps.shape[1:]))
-    return _resample(maps, (nz, ny, nx)).permute(3, 0, 1, 2).contiguous()  # (x, c, z, y)
+    maps = refer_phase(maps, eigenvalue * energy_on_grid(block, maps.shape[1:]))
+    return _resample(maps, grid).permute(3, 0, 1, 2).contiguous()  # (x, c, z, y)
 
 
 def centred_box(sampled: Tensor) -> tuple[int, int]:
@@ -157,8 +173,13 @@ def centre_coefficients(
     return solution.reshape(right.shape)
 
 
-def _energy_at(block: Tensor, places: torch.Size) -> Tensor:
-    """Root-sum-of-squares energy (z, y, x) of low-resolution images of a k-space block, on a grid."""
+def energy_on_grid(block: Tensor, places: Sequence[int]) -> Tensor:
+    """Sum of squares (z, y, x) of the images of a k-space block, zero-filled to a grid.
+
+    Args:
+        block: (k, c, z, y, x) centred k-space.
+        places: (z, y, x), none below the block's.
+    """
     images = torch.zeros(*block.shape[:2], *places, dtype=block.dtype)
     inner = tuple(
         slice(n // 2 - b // 2, n // 2 - b // 2 + b) for n, b in zip(places, block.shape[2:], strict=True)

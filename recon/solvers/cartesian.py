@@ -15,14 +15,13 @@ passes, each of which tells the next what it must know (METHODS 1, 3, 4):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
 from quantitron.recon.coefficient_basis import (
     TISSUE_RANGE,
     CoefficientBasis,
@@ -37,83 +36,26 @@ from quantitron.recon.masks import signal_mask
 from quantitron.recon.noise import noise_variance
 from quantitron.recon.operators.reduced_sense import ReducedSense
 from quantitron.recon.parameter_maps import parameter_maps
-from quantitron.recon.priors.finite_difference import FiniteDifference
 from quantitron.recon.priors.gaussian_field import GaussianField
-from quantitron.recon.priors.total_variation import JointTotalVariation
 from quantitron.recon.signal_energy import centre_energy, smoothed_energy
-from quantitron.recon.solvers.solver import Progress, Solver
-
-LEAST_TOLERANCE = 1e-4
-"""Relative residual below which no more is asked of single precision."""
+from quantitron.recon.solvers.coefficient_solver import CoefficientEstimate, CoefficientSolver
+from quantitron.recon.solvers.solver import Progress
 
 
 @dataclass(frozen=True)
-class LinearEstimate:
-    """The linear estimate and all that it was made of; iterative solvers start here."""
+class LinearEstimate(CoefficientEstimate):
+    """The linear estimate of a Cartesian scan."""
 
     operator: ReducedSense
     """A^H A in the learnt basis, the field map taken out."""
-    data: Tensor
-    """(x, k, z, y) complex: A^H s."""
-    coefficients: Tensor
-    """(x, k, z, y) complex: the estimate U."""
     basis: CoefficientBasis
     """The learnt basis: its components are uncorrelated over the object, with their variances."""
-    noise: float
-    """Variance of one complex sample."""
-    prior: GaussianField
-    """What was expected of U: the penalty beside the data term is 1/2 <U, prior.precision(U)>."""
-    voxel_size: tuple[float, float, float]
-    """Edges [m] along (x, z, y)."""
     b0: Tensor
     """(z, y, x) [Hz] field map."""
-    mask: Tensor
-    """(z, y, x) bool: where there is signal."""
-
-    @property
-    def image_noise(self) -> float:
-        """Standard deviation of noise in a coefficient image, all points sampled as the mean is."""
-        return float((self.noise / self.operator.mean_diagonal().mean()) ** 0.5)
-
-    def total_variation(self, weight: float) -> JointTotalVariation:
-        """Joint total variation whose strength follows from the noise and from the edges that are there.
-
-        Differences of component k are counted in units of their root mean square in the object, so that weak
-        components share the edges of strong ones. Weight 1 would be the statistical estimate if all
-        differences came from one multivariate Laplace distribution.
-        """
-        axes = max(1, sum(n > 1 for n in self.mask.shape))
-        differences = FiniteDifference(self.voxel_size)(self.coefficients)  # (3, x, k, z, y)
-        mean = self.inside(differences.abs().square().sum(0)).mean(0) / axes  # (k,)
-        floor = float(mean.max()) * 1e-9 or 1.0
-        return JointTotalVariation(
-            weight * self.noise * (axes * len(mean)) ** 0.5,
-            self.voxel_size,
-            component_weights=mean.clamp_min(floor).rsqrt(),
-        )
-
-    def noise_threshold(self, rows: int, columns: int) -> float:
-        """Threshold of singular values, for a penalty beside the data term, that takes pure noise away.
-
-        The largest singular value expected of a matrix of noise (Davidson and Szarek 2001) times the data
-        term's curvature.
-        """
-        curvature = float(self.operator.mean_diagonal().mean())
-        return curvature * self.image_noise * float(rows**0.5 + columns**0.5)
-
-    def inside(self, images: Tensor) -> Tensor:
-        """Values (v, k) of images (x, k, z, y) in the voxels with signal; in all, where none has."""
-        mask = self.mask.permute(2, 0, 1).to(images.device)
-        return images.permute(0, 2, 3, 1)[mask if mask.any() else torch.ones_like(mask)]
-
-    def residual_to_noise(self, coefficients: Tensor) -> float:
-        """||s - A U||^2 / (samples noise); 1 is pure noise."""
-        residual = float(self.operator.residual_energy(coefficients, self.data))
-        return residual / (self.operator.samples * self.noise)
 
 
 @dataclass(frozen=True)
-class CartesianSolver(Solver):
+class CartesianSolver(CoefficientSolver):
     """Settings that all solvers of Cartesian scans share; a subclass makes its own of the linear estimate."""
 
     sequences: ClassVar[tuple[str, ...]] = ("t2ir_gre", "vfa_gre", "megre")
@@ -132,12 +74,6 @@ class CartesianSolver(Solver):
     """Conjugate gradient steps of the second pass, from which the basis is learnt; 0: the dictionary's."""
     linear_iterations: int = field(default=10, metadata={"minimum": 1})
     """Conjugate gradient steps of the third pass."""
-    most_iterations: int = field(default=60, metadata={"minimum": 1})
-    """Most steps of any pass; above the numbers of steps, which are the least, until the tolerance is met."""
-    tolerance: float = field(default=6.0, metadata={"minimum": 0})
-    """Residual of the equations at which steps end, in units of what noise alone puts into their right side.
-
-    Scans of low noise take more steps: more of what the equations say is true."""
     dictionary_regularisation: float = field(default=4.0, metadata={"above": 0})
     """Factor on the penalty as long as the variances are the dictionary's."""
     regularisation: float = field(default=1.0, metadata={"above": 0})
@@ -161,6 +97,7 @@ class CartesianSolver(Solver):
         Raises:
             ValueError: if the end of a range is not above its start.
         """
+        super().__post_init__()
         for name in ("t1_range", "t2_range", "t2star_range"):
             low, high = getattr(self, name)
             if not low < high:
@@ -223,7 +160,7 @@ class CartesianSolver(Solver):
         energy = centre_energy(reduced, wide, noise)  # (z, y, x)
         expected = self._prior(wide, energy, self.dictionary_regularisation, noise, problem)
         # What it is for, energy and field, is there long before the equations are met.
-        coefficients = replace(self, most_iterations=1)._solve(
+        coefficients = replace(self, most_iterations=1).solve_with_prior(
             operator, operator.adjoint_data(), expected, noise, self.first_iterations
         )
         images = echo_images(coefficients.cpu(), wide)  # (e, l, z, y, x)
@@ -269,7 +206,7 @@ class CartesianSolver(Solver):
         prior = self._prior(basis, energy, self.dictionary_regularisation, noise, problem)
         start = None
         if self.learning_iterations:
-            start = self._solve(operator, data, prior, noise, self.learning_iterations)
+            start = self.solve_with_prior(operator, data, prior, noise, self.learning_iterations)
             energy = smoothed_energy(echo_images(start.cpu(), basis))
             basis, rotation = learnt_basis(basis, start.cpu(), energy.permute(2, 0, 1), mask.permute(2, 0, 1))
             turn = rotation.mH.to(start)  # (new k, k)
@@ -278,9 +215,19 @@ class CartesianSolver(Solver):
             prior = self._prior(basis, energy, self.regularisation, noise, problem)
 
         progress("third pass", 0.3)
-        coefficients = self._solve(operator, data, prior, noise, self.linear_iterations, start)
+        coefficients = self.solve_with_prior(operator, data, prior, noise, self.linear_iterations, start)
         dz, dy, dx = problem.encoding.voxel_size
-        return LinearEstimate(operator, data, coefficients, basis, noise, prior, (dx, dz, dy), b0, mask)
+        return LinearEstimate(
+            operator=operator,
+            data=data,
+            coefficients=coefficients,
+            basis=basis,
+            noise=noise,
+            prior=prior,
+            voxel_size=(dx, dz, dy),
+            b0=b0,
+            mask=mask,
+        )
 
     def _prior(
         self, basis: CoefficientBasis, energy: Tensor, regularisation: float, noise: float, problem: Problem
@@ -290,53 +237,3 @@ class CartesianSolver(Solver):
         expected = basis.variance[:, None, None] * energy.permute(2, 0, 1)[:, None]  # (x, k, z, y)
         expected = (expected / (regularisation * noise)).to(problem.device)
         return GaussianField(expected, (dx, dz, dy), self.correlation_length)
-
-    def _solve(
-        self,
-        operator: ReducedSense,
-        data: Tensor,
-        prior: GaussianField,
-        noise: float,
-        iterations: int,
-        start: Tensor | None = None,
-    ) -> Tensor:
-        """Coefficient images (x, k, z, y) of least expected error."""
-        # A weight below that of the diagonal suits the smooth images that come first (0.1 to 1 were tried).
-        diagonal = operator.mean_diagonal()[:, None, None] + 0.3 * prior.diagonal()  # (x, k, z, y)
-        return self.settle(
-            operator, noise, lambda u: operator(u) + prior.precision(u), data, diagonal, iterations, start
-        )
-
-    def settle(
-        self,
-        operator: ReducedSense,
-        noise: float,
-        normal: Callable[[Tensor], Tensor],
-        right_hand_side: Tensor,
-        diagonal: Tensor,
-        iterations: int,
-        start: Tensor | None = None,
-    ) -> Tensor:
-        """Conjugate gradients until the residual is small against the noise.
-
-        Args:
-            operator: A^H A, for the noise that it puts into A^H s.
-            noise: variance of one sample.
-            normal: the equations' left side, A^H A and penalties.
-            right_hand_side: (x, k, z, y).
-            diagonal: preconditioner, divided by.
-            iterations: least number of steps.
-            start: where to begin.
-        """
-        voxels = right_hand_side[:, 0].numel()
-        noise_norm = float(noise * voxels * operator.mean_diagonal().sum()) ** 0.5
-        norm = float(right_hand_side.norm())
-        return conjugate_gradient(
-            normal,
-            right_hand_side,
-            start=start,
-            preconditioner=lambda residual: residual / diagonal,
-            iterations=max(iterations, self.most_iterations),
-            tolerance=max(LEAST_TOLERANCE, self.tolerance * noise_norm / norm if norm > 0 else 0.0),
-            least=iterations,
-        )

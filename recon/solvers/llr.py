@@ -29,15 +29,14 @@ from torch import Tensor
 from quantitron.recon.algorithms.fista import fista
 from quantitron.recon.algorithms.power_iteration import largest_eigenvalue
 from quantitron.recon.priors.low_rank import BlockLowRank, BlockPrecision
-from quantitron.recon.solvers.cartesian import CartesianSolver, LinearEstimate
+from quantitron.recon.solvers.cartesian import CartesianSolver
+from quantitron.recon.solvers.coefficient_solver import CoefficientEstimate, CoefficientSolver
 from quantitron.recon.solvers.solver import Progress
 
 
 @dataclass(frozen=True)
-class LocallyLowRank(CartesianSolver):
-    """Settings of the locally low-rank reconstruction."""
-
-    name: ClassVar[str] = "llr"
+class LowRankBlocks(CoefficientSolver):
+    """Settings of the locally low-rank reconstruction, of any kind of scan."""
 
     linear_iterations: int = field(default=4, metadata={"minimum": 1})
     """Conjugate gradient steps of the third pass: only a start is wanted here."""
@@ -68,13 +67,13 @@ class LocallyLowRank(CartesianSolver):
         """Refuse what ``fista`` cannot do.
 
         Raises:
-            ValueError: if it should keep the linear estimate's prior, or as for all Cartesian solvers.
+            ValueError: if it should keep the linear estimate's prior, or as for all solvers of such scans.
         """
         super().__post_init__()
         if self.algorithm == "fista" and self.field_share > 0:
             raise ValueError("algorithm fista is for locally low rank alone; set field_share to 0 with it")
 
-    def refine(self, estimate: LinearEstimate, seed: int, progress: Progress) -> Tensor:
+    def refine(self, estimate: CoefficientEstimate, seed: int, progress: Progress) -> Tensor:
         """Minimise the objective from the linear estimate on."""
         x, components, z, y = estimate.coefficients.shape
         voxels = prod(min(self.block, n) for n in (x, z, y))
@@ -89,7 +88,11 @@ class LocallyLowRank(CartesianSolver):
         return penalty.random_shift(u.shape, generator) if self.random_shifts else (0, 0, 0)
 
     def _reweighted(
-        self, estimate: LinearEstimate, penalty: BlockLowRank, generator: torch.Generator, progress: Progress
+        self,
+        estimate: CoefficientEstimate,
+        penalty: BlockLowRank,
+        generator: torch.Generator,
+        progress: Progress,
     ) -> Tensor:
         operator, prior, share, u = estimate.operator, estimate.prior, self.field_share, estimate.coefficients
         fixed = operator.mean_diagonal()[:, None, None] + 0.3 * share * prior.diagonal()
@@ -107,7 +110,9 @@ class LocallyLowRank(CartesianSolver):
             u = self.settle(operator, estimate.noise, normal, estimate.data, diagonal, self.iterations, u)
         return u
 
-    def _fista(self, estimate: LinearEstimate, penalty: BlockLowRank, generator: torch.Generator) -> Tensor:
+    def _fista(
+        self, estimate: CoefficientEstimate, penalty: BlockLowRank, generator: torch.Generator
+    ) -> Tensor:
         operator, start = estimate.operator, estimate.coefficients
         step = 1 / (1.05 * largest_eigenvalue(operator, start, generator))
 
@@ -125,3 +130,10 @@ class LocallyLowRank(CartesianSolver):
             tolerance=self.change,
             stop=agrees,
         )
+
+
+@dataclass(frozen=True)
+class LocallyLowRank(LowRankBlocks, CartesianSolver):
+    """Settings for Cartesian scans."""
+
+    name: ClassVar[str] = "llr"

@@ -22,7 +22,8 @@ from torch import Tensor
 from quantitron.recon.algorithms.admm import admm
 from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
 from quantitron.recon.priors.low_rank_tensor import TuckerBasis, UnfoldedLowRank
-from quantitron.recon.solvers.cartesian import LEAST_TOLERANCE, CartesianSolver, LinearEstimate
+from quantitron.recon.solvers.cartesian import CartesianSolver, LinearEstimate
+from quantitron.recon.solvers.coefficient_solver import LEAST_TOLERANCE
 from quantitron.recon.solvers.lrtv import SPLITTING_PENALTY
 from quantitron.recon.solvers.solver import Progress
 

@@ -30,7 +30,12 @@ from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
 from quantitron.recon.algorithms.power_iteration import largest_eigenvalue
 from quantitron.recon.algorithms.primal_dual import primal_dual, primal_dual_steps
 from quantitron.recon.priors.total_variation import JointTotalVariation
-from quantitron.recon.solvers.cartesian import LEAST_TOLERANCE, CartesianSolver, LinearEstimate
+from quantitron.recon.solvers.cartesian import CartesianSolver
+from quantitron.recon.solvers.coefficient_solver import (
+    LEAST_TOLERANCE,
+    CoefficientEstimate,
+    CoefficientSolver,
+)
 from quantitron.recon.solvers.solver import Progress
 
 SPLITTING_PENALTY = 0.1
@@ -38,10 +43,8 @@ SPLITTING_PENALTY = 0.1
 
 
 @dataclass(frozen=True)
-class LowRankTotalVariation(CartesianSolver):
-    """Settings of the reconstruction with total variation on the coefficient images."""
-
-    name: ClassVar[str] = "lrtv"
+class SharedEdges(CoefficientSolver):
+    """Settings of the reconstruction with total variation on the coefficient images, of any kind of scan."""
 
     linear_iterations: int = field(default=4, metadata={"minimum": 1})
     """Conjugate gradient steps of the third pass: only a start is wanted here."""
@@ -60,7 +63,7 @@ class LowRankTotalVariation(CartesianSolver):
     change: float = field(default=1e-4, metadata={"minimum": 0})
     """Relative change of U at which either algorithm ends."""
 
-    def refine(self, estimate: LinearEstimate, seed: int, progress: Progress) -> Tensor:
+    def refine(self, estimate: CoefficientEstimate, seed: int, progress: Progress) -> Tensor:
         """Minimise the objective from the linear estimate on."""
         penalty = estimate.total_variation(self.weight)
         if self.algorithm == "admm":
@@ -70,7 +73,7 @@ class LowRankTotalVariation(CartesianSolver):
         return self._reweighted(estimate, penalty, progress)
 
     def _reweighted(
-        self, estimate: LinearEstimate, penalty: JointTotalVariation, progress: Progress
+        self, estimate: CoefficientEstimate, penalty: JointTotalVariation, progress: Progress
     ) -> Tensor:
         operator, u = estimate.operator, estimate.coefficients
         # The typical length of a difference: every component and direction adds 1 to its square.
@@ -96,7 +99,7 @@ class LowRankTotalVariation(CartesianSolver):
                 break
         return u
 
-    def _admm(self, estimate: LinearEstimate, penalty: JointTotalVariation) -> Tensor:
+    def _admm(self, estimate: CoefficientEstimate, penalty: JointTotalVariation) -> Tensor:
         operator = estimate.operator
         scale = SPLITTING_PENALTY * estimate.noise
         ones = torch.ones_like(estimate.coefficients[:, :1].real)
@@ -122,7 +125,7 @@ class LowRankTotalVariation(CartesianSolver):
             tolerance=self.change,
         ).x
 
-    def _primal_dual(self, estimate: LinearEstimate, penalty: JointTotalVariation, seed: int) -> Tensor:
+    def _primal_dual(self, estimate: CoefficientEstimate, penalty: JointTotalVariation, seed: int) -> Tensor:
         operator, start = estimate.operator, estimate.coefficients
         generator = torch.Generator(device=start.device).manual_seed(seed)
         lipschitz = 1.05 * largest_eigenvalue(operator, start, generator)
@@ -140,3 +143,10 @@ class LowRankTotalVariation(CartesianSolver):
             tolerance=self.change,
         )
         return u
+
+
+@dataclass(frozen=True)
+class LowRankTotalVariation(SharedEdges, CartesianSolver):
+    """Settings for Cartesian scans."""
+
+    name: ClassVar[str] = "lrtv"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from quantitron.recon.data import Encoding, Maps, Problem, Protocol
+from quantitron.recon.data import Encoding, Maps, Protocol
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share that is done, 0..1."""
@@ -37,8 +37,12 @@ class Solver:
             ValueError: in one clear sentence.
         """
 
-    def solve(self, problem: Problem, progress: Progress) -> Iterator[Maps]:
+    def solve(self, problem: Any, progress: Progress) -> Iterator[Maps]:
         """Yield previews, if any, and last the final maps of one slice, on the encoded grid (s = 1).
+
+        Args:
+            problem: a ``Problem``, or a ``FingerprintProblem`` for ``fisp_mrf``.
+            progress: told of what is done.
 
         Raises:
             ValueError: if the settings do not fit the problem, in one clear sentence.

@@ -1,7 +1,8 @@
 """Linear subspace reconstruction: the fast baseline and preview.
 
 The linear minimum-mean-square-error estimate of the coefficient images, off-resonance taken out of the basis,
-variances learnt from the scan: see ``cartesian.py``, which makes it for all Cartesian solvers. METHODS 4.
+variances learnt from the scan: see ``cartesian.py`` and ``fingerprint.py``, which make it for all solvers of
+their scans. METHODS 4.
 """
 
 from __future__ import annotations
@@ -11,17 +12,23 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from quantitron.recon.solvers.cartesian import CartesianSolver, LinearEstimate
+from quantitron.recon.solvers.cartesian import CartesianSolver
+from quantitron.recon.solvers.coefficient_solver import CoefficientEstimate, CoefficientSolver
 from quantitron.recon.solvers.solver import Progress
 
 
 @dataclass(frozen=True)
-class Subspace(CartesianSolver):
-    """Settings of the linear subspace reconstruction."""
+class Linear(CoefficientSolver):
+    """The linear estimate, of any kind of scan."""
 
-    name: ClassVar[str] = "subspace"
-
-    def refine(self, estimate: LinearEstimate, seed: int, progress: Progress) -> Tensor:
+    def refine(self, estimate: CoefficientEstimate, seed: int, progress: Progress) -> Tensor:
         """The linear estimate itself."""
         del seed, progress
         return estimate.coefficients
+
+
+@dataclass(frozen=True)
+class Subspace(Linear, CartesianSolver):
+    """Settings for Cartesian scans."""
+
+    name: ClassVar[str] = "subspace"

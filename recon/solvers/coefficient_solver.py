@@ -1,0 +1,182 @@
+"""What all solvers of coefficient images share: an estimate to start from, and the steps that settle one.
+
+    minimise over U:   1/2 ||s - A U||^2 + penalties
+
+A holds sampling, Fourier transform, coils and basis; it is made in one way for scans on a Cartesian grid
+(``cartesian.py``), in another for those on any trajectory (``fingerprint.py``). A method that is written in
+terms of the estimate alone works for both: see ``llr.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
+from quantitron.recon.priors.finite_difference import FiniteDifference
+from quantitron.recon.priors.gaussian_field import GaussianField
+from quantitron.recon.priors.total_variation import JointTotalVariation
+from quantitron.recon.solvers.solver import Solver
+
+LEAST_TOLERANCE = 1e-4
+"""Relative residual below which no more is asked of single precision."""
+
+
+class NormalOperator(Protocol):
+    """A^H A of a scan in a subspace, (x, k, z, y) -> (x, k, z, y), and what else the data term is made of."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """A^H A U."""
+        ...
+
+    def mean_diagonal(self) -> Tensor:
+        """(k,) mean over the voxels of the diagonal of A^H A."""
+        ...
+
+    def residual_energy(self, u: Tensor, data: Tensor) -> Tensor:
+        """||s - A U||^2 for U (x, k, z, y) and A^H s."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Complex samples acquired."""
+        ...
+
+
+@dataclass(frozen=True)
+class CoefficientEstimate:
+    """An estimate of the coefficient images and all that it was made of; iterative methods start here."""
+
+    operator: NormalOperator
+    """A^H A in the basis of the coefficients."""
+    data: Tensor
+    """(x, k, z, y) complex: A^H s."""
+    coefficients: Tensor
+    """(x, k, z, y) complex: the estimate U."""
+    noise: float
+    """Variance of one complex sample."""
+    prior: GaussianField
+    """What was expected of U: the penalty beside the data term is 1/2 <U, prior.precision(U)>."""
+    voxel_size: tuple[float, float, float]
+    """Edges [m] along (x, z, y)."""
+    mask: Tensor
+    """(z, y, x) bool: where there is signal."""
+
+    @property
+    def image_noise(self) -> float:
+        """Standard deviation of noise in a coefficient image, all points sampled as the mean is."""
+        return float((self.noise / self.operator.mean_diagonal().mean()) ** 0.5)
+
+    def total_variation(self, weight: float) -> JointTotalVariation:
+        """Joint total variation whose strength follows from the noise and from the edges that are there.
+
+        Differences of component k are counted in units of their root mean square in the object, so that weak
+        components share the edges of strong ones. Weight 1 would be the statistical estimate if all
+        differences came from one multivariate Laplace distribution.
+        """
+        axes = max(1, sum(n > 1 for n in self.mask.shape))
+        differences = FiniteDifference(self.voxel_size)(self.coefficients)  # (3, x, k, z, y)
+        mean = self.inside(differences.abs().square().sum(0)).mean(0) / axes  # (k,)
+        floor = float(mean.max()) * 1e-9 or 1.0
+        return JointTotalVariation(
+            weight * self.noise * (axes * len(mean)) ** 0.5,
+            self.voxel_size,
+            component_weights=mean.clamp_min(floor).rsqrt(),
+        )
+
+    def noise_threshold(self, rows: int, columns: int) -> float:
+        """Threshold of singular values, for a penalty beside the data term, that takes pure noise away.
+
+        The largest singular value expected of a matrix of noise (Davidson and Szarek 2001) times the data
+        term's curvature.
+        """
+        curvature = float(self.operator.mean_diagonal().mean())
+        return curvature * self.image_noise * float(rows**0.5 + columns**0.5)
+
+    def inside(self, images: Tensor) -> Tensor:
+        """Values (v, k) of images (x, k, z, y) in the voxels with signal; in all, where none has."""
+        mask = self.mask.permute(2, 0, 1).to(images.device)
+        return images.permute(0, 2, 3, 1)[mask if mask.any() else torch.ones_like(mask)]
+
+    def residual_to_noise(self, coefficients: Tensor) -> float:
+        """||s - A U||^2 / (samples noise); 1 is pure noise."""
+        residual = float(self.operator.residual_energy(coefficients, self.data))
+        return residual / (self.operator.samples * self.noise)
+
+
+@dataclass(frozen=True)
+class CoefficientSolver(Solver):
+    """Settings of the steps by which coefficient images are found."""
+
+    most_iterations: int = field(default=60, metadata={"minimum": 1})
+    """Most steps of any pass; above the numbers of steps, which are the least, until the tolerance is met."""
+    tolerance: float = field(default=6.0, metadata={"minimum": 0})
+    """Residual of the equations at which steps end, in units of what noise alone puts into their right side.
+
+    Scans of low noise take more steps: more of what the equations say is true."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that do not fit each other; subclasses add theirs."""
+
+    def settle(
+        self,
+        operator: NormalOperator,
+        noise: float,
+        normal: Callable[[Tensor], Tensor],
+        right_hand_side: Tensor,
+        diagonal: Tensor,
+        iterations: int,
+        start: Tensor | None = None,
+    ) -> Tensor:
+        """Conjugate gradients until the residual is small against the noise.
+
+        Args:
+            operator: A^H A, for the noise that it puts into A^H s.
+            noise: variance of one sample.
+            normal: the equations' left side, A^H A and penalties.
+            right_hand_side: (x, k, z, y).
+            diagonal: preconditioner, divided by.
+            iterations: least number of steps.
+            start: where to begin.
+        """
+        voxels = right_hand_side[:, 0].numel()
+        noise_norm = float(noise * voxels * operator.mean_diagonal().sum()) ** 0.5
+        norm = float(right_hand_side.norm())
+        return conjugate_gradient(
+            normal,
+            right_hand_side,
+            start=start,
+            preconditioner=lambda residual: residual / diagonal,
+            iterations=max(iterations, self.most_iterations),
+            tolerance=max(LEAST_TOLERANCE, self.tolerance * noise_norm / norm if norm > 0 else 0.0),
+            least=iterations,
+        )
+
+    def solve_with_prior(
+        self,
+        operator: NormalOperator,
+        data: Tensor,
+        prior: GaussianField,
+        noise: float,
+        iterations: int,
+        start: Tensor | None = None,
+    ) -> Tensor:
+        """Coefficient images (x, k, z, y) of least expected error.
+
+        Args:
+            operator: A^H A.
+            data: A^H s (x, k, z, y).
+            prior: what is expected of them.
+            noise: variance of one sample.
+            iterations: least number of steps.
+            start: where to begin.
+        """
+        # A weight below that of the diagonal suits the smooth images that come first (0.1 to 1 were tried).
+        diagonal = operator.mean_diagonal()[:, None, None] + 0.3 * prior.diagonal()  # (x, k, z, y)
+        return self.settle(
+            operator, noise, lambda u: operator(u) + prior.precision(u), data, diagonal, iterations, start
+        )
