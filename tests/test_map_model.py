@@ -20,6 +20,7 @@ PROTOCOLS = {
     "t2ir_gre": Protocol("t2ir_gre", ECHOES, (0.03,), (math.radians(10),), (0.02, 0.07), (), 6),
     "megre": Protocol("megre", ECHOES, (0.4,), (0.5,)),
     "one echo": Protocol("vfa_gre", (0.003,), (0.046,), (0.1, 0.3, 0.6)),
+    "fisp_mrf": Protocol("fisp_mrf", (0.002,), (0.012,), (0.2, 0.6, 0.9, 0.4, 0.7), inversion_time=(0.02,)),
     "conjugated": Protocol("t2ir_gre", ECHOES, (0.03,), (0.2,), (0.02, 0.07), (), 4, phase_sign=-1),
 }
 RANK, VOXELS = 4, 7

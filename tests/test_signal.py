@@ -8,7 +8,7 @@ import torch
 
 from quantitron.recon.data import Protocol
 from quantitron.recon.signal.dictionary import contrast_dictionary, echo_dictionary
-from quantitron.recon.signal.models import CONTRAST_SIGNALS, SEQUENCES, signal
+from quantitron.recon.signal.models import CONTRAST_PARAMETERS, CONTRAST_SIGNALS, SEQUENCES, signal
 from quantitron.recon.signal.spoiled_gre import echo_signal, flash_steady_state
 
 ECHO_TIME = (0.0045, 0.0112, 0.0179)
@@ -16,7 +16,8 @@ ALPHA = math.radians(10)
 T2IR = Protocol("t2ir_gre", ECHO_TIME, (0.030,), (ALPHA,), (0.0, 0.050), (), 400)
 VFA = Protocol("vfa_gre", ECHO_TIME, (0.046,), tuple(math.radians(a) for a in (5, 20, 90)))
 MEGRE = Protocol("megre", ECHO_TIME, (0.4,), (ALPHA,))
-PROTOCOLS = {"t2ir_gre": replace(T2IR, excitations=5), "vfa_gre": VFA, "megre": MEGRE}
+FISP = Protocol("fisp_mrf", (0.002,), (0.012,), (0.2, 0.6, 0.9, 0.4, 0.7), inversion_time=(0.02,))
+PROTOCOLS = {"t2ir_gre": replace(T2IR, excitations=5), "vfa_gre": VFA, "megre": MEGRE, "fisp_mrf": FISP}
 
 
 def _tissue(n=3, dtype=torch.float64):
@@ -108,16 +109,18 @@ def test_full_signal_is_the_product_of_its_factors(sequence):
     frames = signal(tissue, protocol)
     assert frames.shape == (3, protocol.frames)
     contrast = CONTRAST_SIGNALS[sequence](tissue, protocol)
-    echo = echo_signal(tissue["t2star"], tissue["b0"], torch.tensor(ECHO_TIME, dtype=torch.float64))
-    t = 2 if protocol.contrasts == 1 else protocol.echoes + 2  # (w, e) = (0, 2) or (1, 2)
-    torch.testing.assert_close(frames[:, t], contrast[:, t // 3] * echo[:, 2])
+    # A fingerprint holds its decay already, of T2.
+    t2star = tissue["t2star"] * (math.inf if sequence == "fisp_mrf" else 1)
+    echo = echo_signal(t2star, tissue["b0"], torch.tensor(protocol.echo_time, dtype=torch.float64))
+    e = protocol.echoes - 1
+    t = e if protocol.contrasts == 1 else protocol.echoes + e  # (w, e) = (0, e) or (1, e)
+    torch.testing.assert_close(frames[:, t], contrast[:, t // protocol.echoes] * echo[:, e])
 
 
 @pytest.mark.parametrize("sequence", SEQUENCES)
 def test_gradients_equal_finite_differences(sequence):
     tissue = _tissue()
-    names = ["t2star", "b0"] + [n for n in ("t1", "t2", "inversion") if sequence == "t2ir_gre" or n == "t1"]
-    names = [n for n in names if not (sequence == "megre" and n == "t1")]
+    names = [*CONTRAST_PARAMETERS[sequence], "b0", *(["t2star"] if sequence != "fisp_mrf" else [])]
     inputs = [tissue[name].clone().requires_grad_() for name in names]
 
     def frames(*values):
