@@ -301,15 +301,14 @@ class TrajectorySums:
     """The least-squares data term of one slice on any trajectory in Gram form (METHODS 1).
 
     Readouts t of bitwise equal trajectory, a group g, see the same Fourier transform: summed over each group,
-    they cost as much as the distinct ones alone. With F_g the transform onto the points of g and
-    Psi the temporal basis,
+    they cost as much as the distinct ones alone. With Psi the temporal basis and v = F_g C_c u the coefficient
+    images of coil c transformed onto the points of g,
 
-        1/2 sum |s - Psi F C u|^2 = 1/2 sum_{g,c} [(F_g C_c u)^H G_g (F_g C_c u) - 2 Re((F_g C_c u)^H b_{g,c})]
-                                    + 1/2 energy
+        1/2 sum |s - Psi F C u|^2 = 1/2 sum_{g,c} [v^H G_g v - 2 Re(v^H b_{g,c})] + 1/2 energy
     """
 
     trajectory: Tensor
-    """(n, d) float: points of the distinct readouts, one readout after the other; cycles per voxel, x, y[, z]."""
+    """(n, d) float: points of the distinct readouts [cycles per voxel], one readout after the other."""
     readout: Tensor
     """(n,) int64: the distinct readout g that each point belongs to."""
     gram: Tensor

@@ -1,0 +1,277 @@
+"""The data term of a scan on any trajectory in Gram form: a convolution for each pair of components (METHODS 1).
+
+    f(U) = 1/2 sum_t ||s_t - F_t C Psi_t U||^2 = 1/2 <U, A^H A U> - Re <U, A^H s> + 1/2 ||s||^2
+    (A^H A U)_i = sum_c conj(C_c) sum_j T_ij * (C_c U_j)
+    T_ij(r) = 1/(z y x) sum_n G_ij(n) exp(2 pi i k_n.r)
+
+T is needed at differences of voxels, -(n-1)..n-1 along each axis, so a cyclic convolution on twice the grid is
+exact. Instead of padding images with zeros, the 2n frequencies of each axis are taken as the n even and the n
+odd ones: the odd frequencies of an image are the even ones of the image times exp(-pi i r / n), a phase that the
+coil maps take along. So each of the four (2D) or eight (3D) cosets of frequencies is one transform of the
+images' own size, with nothing to pad or crop and little memory. Along an axis whose samples lie on the grid
+(partitions of a stack of spirals) the convolution is cyclic on the grid itself: no odd frequencies there.
+
+T_ji(-r) = conj(T_ij(r)) makes the spectra Hermitian matrices, real ones for a real basis.
+"""
+
+from __future__ import annotations
+
+import math
+from copy import copy
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from quantitron.recon.data import TrajectorySums
+from quantitron.recon.operators.linear_operator import LinearOperator
+from quantitron.recon.operators.nonuniform_fourier import NonuniformFourier
+
+
+class ToeplitzSense(LinearOperator):
+    """A^H A of a SENSE scan on any trajectory, in a subspace: (x, k, z, y) -> (x, k, z, y), self-adjoint.
+
+    It also knows A^H s (``adjoint_data``) and the value of the data term (``residual_energy``).
+    """
+
+    def __init__(
+        self,
+        sums: TrajectorySums,
+        csm: Tensor,
+        mixing: Tensor,
+        working_set: int = 16_000_000,
+        weights: Tensor | None = None,
+    ) -> None:
+        """Build the kernels, one type-1 transform for two pairs of components (one a pair in complex bases).
+
+        Args:
+            sums: of one slice.
+            csm: (x, c, z, y) coil sensitivity maps.
+            mixing: (l, k): ``Phi[w, k] = sum_l Psi[w, l] mixing[l, k]``.
+            working_set: bytes that one batch of coils may take.
+            weights: (n,) of a data term sum_n w_n |s_n - (A u)_n|^2; 1 where absent.
+
+        Raises:
+            ValueError: if the coil maps are not on the grid of the sums, or the weights not one a point.
+        """
+        nz, ny, nx = sums.grid
+        if (csm.shape[0], *csm.shape[2:]) != (nx, nz, ny):
+            raise ValueError(
+                f"coil maps {tuple(csm.shape)} (x, c, z, y) are not on the grid {sums.grid} (z, y, x)"
+            )
+        if weights is not None and weights.shape != sums.readout.shape:
+            raise ValueError(
+                f"{tuple(weights.shape)} weights for {len(sums.readout)} points of the trajectory"
+            )
+        self._csm, self._sums, self._weights = csm, sums, weights
+        self._dtype = csm.dtype
+        self._fourier = NonuniformFourier(sums.trajectory.to(csm.device), sums.grid)
+        self._dimensions = sums.trajectory.shape[1]
+        self._axes = (-3, -1) if self._dimensions == 2 else (-3, -2, -1)  # of (x, z, y): those transformed
+        self._doubled = self._doubled_axes()
+        self._cosets = list(product(*[(0, 1) if doubled else (0,) for doubled in self._doubled]))
+        maps = csm.permute(1, 0, 2, 3)  # (c, x, z, y)
+        self._maps = [(maps * self._phase(coset)).contiguous() for coset in self._cosets]
+        # Only as many components as the coefficients can reach are convolved.
+        self._span = reachable(mixing).to(csm.device)  # (l, r)
+        self._mixing = self._within_span(mixing)  # (r, k)
+        self._kernels, self._centre = self._build()
+        self._working_set = working_set
+
+    def _doubled_axes(self) -> tuple[bool, ...]:
+        """Whether the grid must be doubled along x, z, y: not where samples lie on the grid, or alike."""
+        trajectory = self._sums.trajectory.double()
+        # Off the grid by this much, samples turn the phase at the far end by no more than rounding does.
+        rounding = 1e-12 if self._dtype == torch.complex128 else 1e-6
+        nz, ny, nx = self._sums.grid
+        columns = {0: (0, nx), 2: (1, ny)} if self._dimensions == 2 else {0: (0, nx), 1: (2, nz), 2: (1, ny)}
+        doubled = [False, False, False]
+        for axis, (column, size) in columns.items():
+            index = trajectory[:, column] * size
+            doubled[axis] = bool((index - index.round()).abs().max() > rounding * size)
+        return tuple(doubled)
+
+    def _phase(self, coset: tuple[int, ...]) -> Tensor:
+        """exp(-pi i r / n) along the axes of odd frequencies, (x, z, y)."""
+        shape = (self._csm.shape[0], *self._csm.shape[2:])
+        phase = torch.ones((), dtype=torch.complex128, device=self._csm.device)
+        for axis, (odd, size) in enumerate(zip(coset, shape, strict=True)):
+            steps = torch.arange(size, dtype=torch.float64, device=self._csm.device) * (-math.pi * odd / size)
+            phase = phase * torch.polar(torch.ones_like(steps), steps).reshape(-1, *[1] * (2 - axis))
+        return phase.to(self._dtype)
+
+    def _build(self) -> tuple[list[list[list[Tensor]]], Tensor]:
+        """Spectra [coset][i][j] of (x, z, y), real ones as equal pairs (x, z, y, 2); and T(0), (r, r)."""
+        nz, ny, nx = self._sums.grid
+        double_x, double_z, double_y = self._doubled
+        planes = 1 if self._dimensions == 2 else nz * (1 + double_z)
+        grid = (planes, ny * (1 + double_y), nx * (1 + double_x))
+        # In double precision: the rounding of positions would be twice that of the images' transform.
+        tolerance = 1e-12 if self._dtype == torch.complex128 else 1e-7
+        device = self._csm.device
+        fourier = NonuniformFourier(self._sums.trajectory.to(device), grid, tolerance)
+        gram = self._sums.gram.to(device)
+        gram = self._span.mT.to(gram) @ gram @ self._span.to(gram)  # (g, r, r)
+        real = not gram.is_complex()
+        points = self._sums.readout.to(device)
+        weights = 1.0 if self._weights is None else self._weights.to(device, torch.float64)
+        # Unitary factor of the doubled grid taken off, that of the images put on twice.
+        voxels = nx * ny * (1 if self._dimensions == 2 else nz)
+        scale = math.sqrt(math.prod(grid)) / voxels
+
+        rank = gram.shape[1]
+        pairs = [(i, j) for i in range(rank) for j in range(i, rank)]
+        spectra = [[[gram] * rank for _ in range(rank)] for _ in self._cosets]
+        centre = gram.new_empty(rank, rank)
+        together = 2 if real else 1  # two real spectra are real and imaginary part of one transform
+        for first in range(0, len(pairs), together):
+            chosen = pairs[first : first + together]
+            columns = [gram[:, i, j].to(torch.complex128) for i, j in chosen]
+            column = columns[0] + 1j * columns[1] if len(chosen) == 2 else columns[0]
+            kernel = (fourier.adjoint(column[points] * weights) * scale).permute(2, 0, 1)  # (x, z, y)
+            for axis in (axis for axis, doubled in enumerate(self._doubled) if doubled):
+                kernel.select(axis, 0).zero_()  # the difference -n, which has no opposite and never occurs
+            kernel = torch.fft.ifftshift(kernel, dim=self._axes)
+            spectrum = torch.fft.fftn(kernel, dim=self._axes)
+            for index, (i, j) in enumerate(chosen):
+                value = kernel[0, 0, 0]
+                value = (value.imag if index else value.real) if real else value
+                centre[i, j], centre[j, i] = value, value.conj()
+                for coset, table in zip(self._cosets, spectra, strict=True):
+                    every = [slice(odd, None, 1 + two) for odd, two in zip(coset, self._doubled, strict=True)]
+                    part = spectrum[every[0], every[1], every[2]] / 2 ** sum(self._doubled)
+                    if real:
+                        # Each value twice, for real and imaginary part of what it multiplies: four times as
+                        # fast as repeating it on the way.
+                        part = (part.imag if index else part.real).to(self._csm.real.dtype)
+                        table[i][j] = table[j][i] = part[..., None].repeat(1, 1, 1, 2)
+                    else:
+                        part = (part.real if i == j else part).to(self._dtype)
+                        table[i][j], table[j][i] = part.contiguous(), part.conj().resolve_conj().contiguous()
+        return spectra, centre
+
+    def _within_span(self, mixing: Tensor) -> Tensor:
+        """(l, k) -> (r, k)."""
+        span = self._span.to(self._dtype)
+        mixing = mixing.to(span)
+        inside = span.mH @ mixing
+        if (span @ inside - mixing).abs().max() > 1e-4 * mixing.abs().max():
+            raise ValueError("the coefficients reach components that the operator was not made for")
+        return inside
+
+    def in_basis(self, mixing: Tensor) -> ToeplitzSense:
+        """The same data and coil maps in another basis (l, k) of coefficients; no kernel is computed anew.
+
+        Raises:
+            ValueError: if it reaches components that this one does not.
+        """
+        other = copy(self)
+        other._mixing = self._within_span(mixing)
+        return other
+
+    @property
+    def csm(self) -> Tensor:
+        """(x, c, z, y) coil sensitivity maps."""
+        return self._csm
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape (x, k, z, y) of the coefficient images."""
+        nx, _, nz, ny = self._csm.shape
+        return nx, self._mixing.shape[1], nz, ny
+
+    @property
+    def samples(self) -> int:
+        """Complex samples acquired, over coils."""
+        return self._sums.samples
+
+    @property
+    def energy(self) -> float:
+        """||s||^2."""
+        return self._sums.energy
+
+    @property
+    def device(self) -> torch.device:
+        """Where the operator works."""
+        return self._csm.device
+
+    def mean_diagonal(self) -> Tensor:
+        """Diagonal of A^H A where the coil maps have unit root-sum-of-squares: (k,) real."""
+        centre = self._centre.to(self._dtype)
+        diagonal: Tensor = torch.einsum("rk,rs,sk->k", self._mixing.conj(), centre, self._mixing).real
+        return diagonal
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A^H A U: (x, k, z, y) -> (x, k, z, y)."""
+        images = torch.einsum("rk,xkzy->rxzy", self._mixing, x).contiguous()
+        total = torch.zeros_like(images)
+        coils = self._csm.shape[1]
+        batch = max(1, min(coils, self._working_set // (3 * images.numel() * images.element_size())))
+        for maps, kernels in zip(self._maps, self._kernels, strict=True):
+            for start in range(0, coils, batch):
+                part = maps[start : start + batch, None]  # (c, 1, x, z, y)
+                spectrum = torch.fft.fftn(part * images, dim=self._axes)  # (c, r, x, z, y)
+                convolved = torch.fft.ifftn(_mix(kernels, spectrum), dim=self._axes)
+                total += (convolved * part.conj()).sum(0)
+        result: Tensor = torch.einsum("rk,rxzy->xkzy", self._mixing.conj(), total)
+        return result.contiguous()
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """The operator itself: it is self-adjoint."""
+        return self.forward(y)
+
+    def adjoint_data(self, weights: Tensor | None = None) -> Tensor:
+        """A^H s, or A^H W s with weights (n,): (x, k, z, y). Those of the data term are taken if none come."""
+        weights = self._weights if weights is None else weights
+        mixing = (self._span.to(self._mixing) @ self._mixing).mH  # (k, l)
+        result = self._csm.new_zeros(self.shape)
+        for coil in range(self._csm.shape[1]):
+            data = self._sums.projected[:, coil].to(mixing)  # (l, n)
+            data = mixing @ data
+            if weights is not None:
+                data = data * weights.to(data.real)
+            images = self._fourier.adjoint(data)  # (k, z, y, x)
+            result += images.permute(3, 0, 1, 2) * self._csm[:, coil, None].conj()
+        return result
+
+    def residual_energy(self, coefficients: Tensor, adjoint_data: Tensor | None = None) -> float:
+        """||s - A U||^2 with its constant, from two inner products.
+
+        Args:
+            coefficients: U (x, k, z, y).
+            adjoint_data: A^H s where it is at hand already.
+
+        Raises:
+            ValueError: if the data term is weighted: the weighted energy of the samples is not known.
+        """
+        if self._weights is not None:
+            raise ValueError("a weighted data term does not know the energy of its samples")
+        if adjoint_data is None:
+            adjoint_data = self.adjoint_data()
+        # In double precision: the three terms nearly cancel.
+        image = coefficients.to(torch.complex128)
+        quadratic = torch.vdot(image.flatten(), self.forward(coefficients).to(image).flatten()).real
+        linear = torch.vdot(image.flatten(), adjoint_data.to(image).flatten()).real
+        return float(quadratic - 2 * linear) + self.energy
+
+
+def _mix(kernels: list[list[Tensor]], spectrum: Tensor) -> Tensor:
+    """Hermitian matrix of spectra at every frequency: (c, r, x, z, y) -> the same."""
+    result = torch.empty_like(spectrum)
+    source, target = spectrum, result
+    if not kernels[0][0].is_complex():
+        source, target = torch.view_as_real(spectrum), torch.view_as_real(result)
+    for row, entries in enumerate(kernels):
+        total = target[:, row]
+        torch.mul(entries[0], source[:, 0], out=total)
+        for column in range(1, len(entries)):
+            total.addcmul_(entries[column], source[:, column])
+    return result
+
+
+def reachable(mixing: Tensor) -> Tensor:
+    """Orthonormal real basis (l, r) of what the columns of ``mixing`` (l, k) reach; the identity for all."""
+    parts = torch.cat([mixing.real, mixing.imag], 1) if mixing.is_complex() else mixing
+    vectors, values, _ = torch.linalg.svd(parts, full_matrices=False)
+    reached: Tensor = vectors[:, : int((values > 1e-5 * values[0]).sum())]
+    return torch.eye(len(mixing)).to(reached) if reached.shape[1] == len(mixing) else reached.contiguous()
