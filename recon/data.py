@@ -300,9 +300,9 @@ class ReducedKSpace:
 class TrajectorySums:
     """The least-squares data term of one slice on any trajectory in Gram form (METHODS 1).
 
-    Readouts t of bitwise equal trajectory, a group g, see the same Fourier transform: summed over each group,
-    they cost as much as the distinct ones alone. With Psi the temporal basis and v = F_g C_c u the coefficient
-    images of coil c transformed onto the points of g,
+    Readouts t of bitwise equal trajectory, a group g, see the same Fourier transform: summed over each
+    group, they cost as much as the distinct ones alone. With Psi the temporal basis and v = F_g C_c u the
+    coefficient images of coil c transformed onto the points of g,
 
         1/2 sum |s - Psi F C u|^2 = 1/2 sum_{g,c} [v^H G_g v - 2 Re(v^H b_{g,c})] + 1/2 energy
     """

@@ -26,7 +26,7 @@ def sum_readouts(kspace: TrajectoryKSpace, basis: Basis) -> TrajectorySums:
         basis: temporal basis over the time points (w, l).
 
     Raises:
-        ValueError: if the readouts are of several slices, there are none, or the basis is of another schedule.
+        ValueError: if there are several slices or no readouts, or the basis is of another schedule.
     """
     if kspace.grid[0] != 1:
         raise ValueError(f"readouts are summed for one slice, not for {kspace.grid[0]}")

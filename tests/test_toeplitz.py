@@ -7,7 +7,7 @@ import torch
 from spirals import scan, spirals
 from torch import Tensor
 
-from quantitron.recon.data import Basis, TrajectoryKSpace
+from quantitron.recon.data import TrajectoryKSpace
 from quantitron.recon.operators.nonuniform_fourier import NonuniformFourier
 from quantitron.recon.operators.toeplitz import ToeplitzSense
 from quantitron.recon.trajectory_gram import sum_readouts

@@ -5,8 +5,8 @@
 finufft does the work on the CPU and cufinufft on a GPU (Barnett, Magland, af Klinteberg 2019). They are
 called directly: plans are kept, so that a trajectory is sorted once for all transforms on it.
 
-In single precision finufft rounds positions k to 2e-8, an error of that times 2 pi n / 2 in the phase: 1e-5 at
-the edge of 192 voxels.
+In single precision finufft rounds positions k to 2e-8, an error of that times 2 pi n / 2 in the phase: 1e-5
+at the edge of 192 voxels.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""The data term of a scan on any trajectory in Gram form: a convolution for each pair of components (METHODS 1).
+"""The data term of a scan on any trajectory: a convolution for each pair of components (METHODS 1).
 
     f(U) = 1/2 sum_t ||s_t - F_t C Psi_t U||^2 = 1/2 <U, A^H A U> - Re <U, A^H s> + 1/2 ||s||^2
     (A^H A U)_i = sum_c conj(C_c) sum_j T_ij * (C_c U_j)
     T_ij(r) = 1/(z y x) sum_n G_ij(n) exp(2 pi i k_n.r)
 
-T is needed at differences of voxels, -(n-1)..n-1 along each axis, so a cyclic convolution on twice the grid is
-exact. Instead of padding images with zeros, the 2n frequencies of each axis are taken as the n even and the n
-odd ones: the odd frequencies of an image are the even ones of the image times exp(-pi i r / n), a phase that the
-coil maps take along. So each of the four (2D) or eight (3D) cosets of frequencies is one transform of the
-images' own size, with nothing to pad or crop and little memory. Along an axis whose samples lie on the grid
-(partitions of a stack of spirals) the convolution is cyclic on the grid itself: no odd frequencies there.
+T is needed at differences of voxels, -(n-1)..n-1 along each axis, so a cyclic convolution on twice the grid
+is exact. Instead of padding images with zeros, the 2n frequencies of each axis are taken as the n even and
+the n odd ones: the odd frequencies of an image are the even ones of the image times exp(-pi i r / n), a phase
+that the coil maps take along. So each of the four (2D) or eight (3D) cosets of frequencies is one transform
+of the images' own size, with nothing to pad or crop and little memory. Along an axis whose samples lie on the
+grid (partitions of a stack of spirals) the convolution is cyclic on the grid itself: no odd frequencies there.
 
 T_ji(-r) = conj(T_ij(r)) makes the spectra Hermitian matrices, real ones for a real basis.
 """
@@ -39,7 +39,7 @@ class ToeplitzSense(LinearOperator):
         sums: TrajectorySums,
         csm: Tensor,
         mixing: Tensor,
-        working_set: int = 16_000_000,
+        working_set: int | None = None,
         weights: Tensor | None = None,
     ) -> None:
         """Build the kernels, one type-1 transform for two pairs of components (one a pair in complex bases).
@@ -48,7 +48,7 @@ class ToeplitzSense(LinearOperator):
             sums: of one slice.
             csm: (x, c, z, y) coil sensitivity maps.
             mixing: (l, k): ``Phi[w, k] = sum_l Psi[w, l] mixing[l, k]``.
-            working_set: bytes that one batch of coils may take.
+            working_set: bytes that one batch of coils may take; None: what suits the device's cache or cores.
             weights: (n,) of a data term sum_n w_n |s_n - (A u)_n|^2; 1 where absent.
 
         Raises:
@@ -76,7 +76,10 @@ class ToeplitzSense(LinearOperator):
         self._span = reachable(mixing).to(csm.device)  # (l, r)
         self._mixing = self._within_span(mixing)  # (r, k)
         self._kernels, self._centre = self._build()
-        self._working_set = working_set
+        if working_set is None:
+            working_set = 1_000_000_000 if csm.is_cuda else 6_500_000 * torch.get_num_threads()
+        coil = 2 * self._mixing.shape[0] * csm[:, 0].numel() * csm.element_size()
+        self._batch = max(1, working_set // coil)
 
     def _doubled_axes(self) -> tuple[bool, ...]:
         """Whether the grid must be doubled along x, z, y: not where samples lie on the grid, or alike."""
@@ -100,8 +103,8 @@ class ToeplitzSense(LinearOperator):
             phase = phase * torch.polar(torch.ones_like(steps), steps).reshape(-1, *[1] * (2 - axis))
         return phase.to(self._dtype)
 
-    def _build(self) -> tuple[list[list[list[Tensor]]], Tensor]:
-        """Spectra [coset][i][j] of (x, z, y), real ones as equal pairs (x, z, y, 2); and T(0), (r, r)."""
+    def _build(self) -> tuple[list[list[Tensor]], Tensor]:
+        """Spectra [coset][j] of pairs (i, j), (i, x, z, y), or (i, x, z, y, 2) if real; and T(0), (r, r)."""
         nz, ny, nx = self._sums.grid
         double_x, double_z, double_y = self._doubled
         planes = 1 if self._dimensions == 2 else nz * (1 + double_z)
@@ -120,9 +123,16 @@ class ToeplitzSense(LinearOperator):
         scale = math.sqrt(math.prod(grid)) / voxels
 
         rank = gram.shape[1]
-        pairs = [(i, j) for i in range(rank) for j in range(i, rank)]
-        spectra = [[[gram] * rank for _ in range(rank)] for _ in self._cosets]
+        shape = (nx, 1 if self._dimensions == 2 else nz, ny)
+        # A real spectrum stands there twice, for real and imaginary part of what it multiplies: four times as
+        # fast as repeating it on the way.
+        dtype = self._csm.real.dtype if real else self._dtype
+        shape = (rank, *shape, 2) if real else (rank, *shape)
+        spectra = [
+            [torch.empty(shape, dtype=dtype, device=device) for _ in range(rank)] for _ in self._cosets
+        ]
         centre = gram.new_empty(rank, rank)
+        pairs = [(i, j) for i in range(rank) for j in range(i, rank)]
         together = 2 if real else 1  # two real spectra are real and imaginary part of one transform
         for first in range(0, len(pairs), together):
             chosen = pairs[first : first + together]
@@ -132,22 +142,20 @@ class ToeplitzSense(LinearOperator):
             for axis in (axis for axis, doubled in enumerate(self._doubled) if doubled):
                 kernel.select(axis, 0).zero_()  # the difference -n, which has no opposite and never occurs
             kernel = torch.fft.ifftshift(kernel, dim=self._axes)
-            spectrum = torch.fft.fftn(kernel, dim=self._axes)
+            # The inverse transform's factor is taken along.
+            spectrum = torch.fft.fftn(kernel, dim=self._axes, norm="forward")
             for index, (i, j) in enumerate(chosen):
                 value = kernel[0, 0, 0]
                 value = (value.imag if index else value.real) if real else value
                 centre[i, j], centre[j, i] = value, value.conj()
                 for coset, table in zip(self._cosets, spectra, strict=True):
                     every = [slice(odd, None, 1 + two) for odd, two in zip(coset, self._doubled, strict=True)]
-                    part = spectrum[every[0], every[1], every[2]] / 2 ** sum(self._doubled)
+                    part = spectrum[every[0], every[1], every[2]]
                     if real:
-                        # Each value twice, for real and imaginary part of what it multiplies: four times as
-                        # fast as repeating it on the way.
-                        part = (part.imag if index else part.real).to(self._csm.real.dtype)
-                        table[i][j] = table[j][i] = part[..., None].repeat(1, 1, 1, 2)
-                    else:
-                        part = (part.real if i == j else part).to(self._dtype)
-                        table[i][j], table[j][i] = part.contiguous(), part.conj().resolve_conj().contiguous()
+                        part = (part.imag if index else part.real)[..., None]
+                    elif i == j:
+                        part = part.real
+                    table[j][i], table[i][j] = part, part.conj()
         return spectra, centre
 
     def _within_span(self, mixing: Tensor) -> Tensor:
@@ -203,16 +211,19 @@ class ToeplitzSense(LinearOperator):
 
     def forward(self, x: Tensor) -> Tensor:
         """A^H A U: (x, k, z, y) -> (x, k, z, y)."""
-        images = torch.einsum("rk,xkzy->rxzy", self._mixing, x).contiguous()
+        images = torch.einsum("rk,xkzy->rxzy", self._mixing, x.to(self._dtype)).contiguous()
         total = torch.zeros_like(images)
-        coils = self._csm.shape[1]
-        batch = max(1, min(coils, self._working_set // (3 * images.numel() * images.element_size())))
+        # All arrays of a step are written over in the next: they stay in the cache.
+        buffers = images.new_empty(2, min(self._batch, self._csm.shape[1]), *images.shape)
         for maps, kernels in zip(self._maps, self._kernels, strict=True):
-            for start in range(0, coils, batch):
-                part = maps[start : start + batch, None]  # (c, 1, x, z, y)
-                spectrum = torch.fft.fftn(part * images, dim=self._axes)  # (c, r, x, z, y)
-                convolved = torch.fft.ifftn(_mix(kernels, spectrum), dim=self._axes)
-                total += (convolved * part.conj()).sum(0)
+            for part in maps.split(self._batch):  # (c, x, z, y)
+                here, there = buffers[:, : len(part)]  # (c, r, x, z, y)
+                torch.mul(part[:, None], images, out=here)
+                torch.fft.fftn(here, dim=self._axes, out=there)
+                _mix(kernels, there, here)
+                torch.fft.ifftn(here, dim=self._axes, norm="forward", out=there)
+                for coil, convolved in zip(part, there, strict=True):
+                    total.addcmul_(convolved, coil.conj())
         result: Tensor = torch.einsum("rk,rxzy->xkzy", self._mixing.conj(), total)
         return result.contiguous()
 
@@ -221,7 +232,7 @@ class ToeplitzSense(LinearOperator):
         return self.forward(y)
 
     def adjoint_data(self, weights: Tensor | None = None) -> Tensor:
-        """A^H s, or A^H W s with weights (n,): (x, k, z, y). Those of the data term are taken if none come."""
+        """A^H W s: (x, k, z, y), with weights (n,), those of the data term if none come."""
         weights = self._weights if weights is None else weights
         mixing = (self._span.to(self._mixing) @ self._mixing).mH  # (k, l)
         result = self._csm.new_zeros(self.shape)
@@ -255,18 +266,13 @@ class ToeplitzSense(LinearOperator):
         return float(quadratic - 2 * linear) + self.energy
 
 
-def _mix(kernels: list[list[Tensor]], spectrum: Tensor) -> Tensor:
+def _mix(kernels: list[Tensor], spectrum: Tensor, out: Tensor) -> None:
     """Hermitian matrix of spectra at every frequency: (c, r, x, z, y) -> the same."""
-    result = torch.empty_like(spectrum)
-    source, target = spectrum, result
-    if not kernels[0][0].is_complex():
-        source, target = torch.view_as_real(spectrum), torch.view_as_real(result)
-    for row, entries in enumerate(kernels):
-        total = target[:, row]
-        torch.mul(entries[0], source[:, 0], out=total)
-        for column in range(1, len(entries)):
-            total.addcmul_(entries[column], source[:, column])
-    return result
+    if not kernels[0].is_complex():
+        spectrum, out = torch.view_as_real(spectrum), torch.view_as_real(out)
+    torch.mul(kernels[0], spectrum[:, :1], out=out)
+    for column in range(1, len(kernels)):
+        out.addcmul_(kernels[column], spectrum[:, column : column + 1])
 
 
 def reachable(mixing: Tensor) -> Tensor:
