@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -107,16 +107,22 @@ def _numbers(
 
 @app.command()
 def simulate(
-    sequence: Annotated[str, typer.Argument(help="vfa_gre, t2ir_gre or megre")],
+    sequence: Annotated[str, typer.Argument(help="vfa_gre, t2ir_gre, megre or fisp_mrf")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Raw file to write.")],
     phantom: Annotated[str, typer.Option(help="mni, nist or a FILE.npz")] = "mni",
-    matrix: Annotated[str, typer.Option(help="x,y,z points")] = "112,112,16",
+    matrix: Annotated[
+        str | None, typer.Option(help="x,y,z points  [default: 112,112,16; fisp_mrf 192,192,1]")
+    ] = None,
     fov: Annotated[str | None, typer.Option(help="x,y,z in mm")] = None,
     coils: Annotated[int, typer.Option(min=1, help="Receive channels.")] = 8,
     acceleration: Annotated[
-        float, typer.Option("-R", "--acceleration", min=1.0, help="All points over points.")
-    ] = 1.0,
-    snr: Annotated[float, typer.Option(min=0.0, help="As DESIGN defines it; 0 is noise-free.")] = 30.0,
+        float | None,
+        typer.Option("-R", "--acceleration", min=1.0, help="All points over points.  [default: 1]"),
+    ] = None,
+    snr: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="As DESIGN defines it; 0 is noise-free.  [default: 30; fisp_mrf 10]"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     slices: Annotated[int, typer.Option(min=1, help="Slices, each with a k-space of its own.")] = 1,
     excitations: Annotated[
@@ -130,46 +136,121 @@ def simulate(
     point_spread: Annotated[
         str, typer.Option(help="truncation (rings, as a scanner does) or average (mean of each voxel)")
     ] = "truncation",
-    calibration: Annotated[str, typer.Option(help="embedded, separate or none")] = "embedded",
-    b0: Annotated[float, typer.Option(help="Field spread in Hz.")] = 40.0,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="embedded, separate or none; fisp_mrf: separate or none  [default: embedded; fisp_mrf none]"
+        ),
+    ] = None,
+    b0: Annotated[float | None, typer.Option(help="Field spread in Hz.  [default: 40]")] = None,
     b1: Annotated[float, typer.Option(help="Spread of the transmit field.")] = 0.0,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="fisp_mrf: jiang, tgas or a FILE.csv (flip_angle_deg, tr_ms[, phase_deg])  [default: jiang]"
+        ),
+    ] = None,
+    points: Annotated[
+        int | None, typer.Option(min=1, help="fisp_mrf: time points.  [default: the schedule's own]")
+    ] = None,
+    interleaves: Annotated[
+        int | None, typer.Option(min=1, help="fisp_mrf: spirals that fill k-space.  [default: 48]")
+    ] = None,
+    order: Annotated[
+        str | None, typer.Option(help="fisp_mrf: sequential or shuffled interleaves.  [default: sequential]")
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(min=1, help="fisp_mrf: from one interleaf to the next.  [default: 1]")
+    ] = None,
+    ti: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="fisp_mrf: ms from the inversion to the first pulse.  [default: 20]"),
+    ] = None,
+    height: Annotated[
+        float | None,
+        typer.Option(help="fisp_mrf: centre of the middle slice in mm (nist: T1 plate 20, T2 plate 0)."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Simulate a scan: a raw file with its ground truth."""
     import math
 
-    grid = cast("tuple[int, int, int]", _numbers(matrix, int, 3, "--matrix"))
+    grid = _numbers(matrix, int, 3, "--matrix")
     field_of_view = _numbers(fov, float, 3, "--fov")
     echo_times = _numbers(te, float, None, "--te")
     angles = _numbers(flip, float, None, "--flip")
     preparations = _numbers(tau, float, None, "--tau")
+    given: dict[str, Any] = {
+        "matrix": grid,
+        "fov": field_of_view,
+        "snr": None if snr is None else snr if snr > 0 else math.inf,
+        "calibration": calibration,
+    }
+    cartesian: dict[str, Any] = {
+        "acceleration": acceleration,
+        "excitations": excitations,
+        "tr": tr,
+        "flip": flip,
+        "tau": tau,
+        "b0": b0,
+    }
+    fingerprint: dict[str, Any] = {
+        "schedule": schedule,
+        "points": points,
+        "interleaves": interleaves,
+        "order": order,
+        "step": step,
+        "ti": ti,
+        "height": height,
+    }
+    is_fingerprint = sequence == "fisp_mrf"
+    foreign = [
+        name for name, value in (cartesian if is_fingerprint else fingerprint).items() if value is not None
+    ]
+    if foreign:
+        raise typer.BadParameter(f"{sequence} has no such option", param_hint=f"--{foreign[0]}")
+    if is_fingerprint:
+        if echo_times is not None and len(echo_times) != 1:
+            raise typer.BadParameter("fisp_mrf has one echo time", param_hint="--te")
+        own = fingerprint | {
+            "ti": None,
+            "inversion_time": None if ti is None else 1e-3 * ti,
+            "echo_time": None if echo_times is None else 1e-3 * echo_times[0],
+        }
+    else:
+        own = {
+            "sequence": sequence,
+            "acceleration": acceleration,
+            "excitations": excitations,
+            "echo_times": tuple(1e-3 * value for value in echo_times) if echo_times else None,
+            "repetition_time": 1e-3 * tr if tr is not None else None,
+            "flip_angles": tuple(math.radians(value) for value in angles) if angles else None,
+            "preparation_times": tuple(1e-3 * value for value in preparations) if preparations else None,
+            "b0": b0,
+        }
+    arguments = {name: value for name, value in (given | own).items() if value is not None}
+    arguments |= {
+        "output": output,
+        "phantom": phantom,
+        "coils": coils,
+        "seed": seed,
+        "slices": slices,
+        "supersampling": supersampling,
+        "point_spread": point_spread,
+        "b1": b1,
+        "overwrite": overwrite,
+    }
+    if is_fingerprint:
+        from quantitron.phantoms.simulate_fingerprint import simulate_fingerprint
 
-    from quantitron.phantoms.simulate import simulate as run
+        made = simulate_fingerprint(**arguments)
+        what = "spirals"
+    else:
+        from quantitron.phantoms.simulate import simulate as simulate_lines
 
-    made = run(
-        sequence=sequence,
-        output=output,
-        phantom=phantom,
-        matrix=grid,
-        fov=field_of_view,
-        coils=coils,
-        acceleration=acceleration,
-        snr=snr if snr > 0 else None,
-        seed=seed,
-        slices=slices,
-        excitations=excitations,
-        echo_times=tuple(1e-3 * value for value in echo_times) if echo_times else None,
-        repetition_time=1e-3 * tr if tr is not None else None,
-        flip_angles=tuple(math.radians(value) for value in angles) if angles else None,
-        preparation_times=tuple(1e-3 * value for value in preparations) if preparations else None,
-        supersampling=supersampling,
-        point_spread=cast("Any", point_spread),
-        calibration=calibration,
-        b0=b0,
-        b1=b1,
-        overwrite=overwrite,
-    )
-    print(f"{made.output}: {made.lines} lines, {made.noise_lines} of noise, R = {made.acceleration:.2f}")
+        made = simulate_lines(**arguments)
+        what = "lines"
+    print(f"{made.output}: {made.lines} {what}, {made.noise_lines} of noise, R = {made.acceleration:.2f}")
 
 
 @app.command()

@@ -139,11 +139,11 @@ def acquisition_headers(
         head["acquisition_time_stamp"] = np.round(time / TICK).astype(np.uint32)
         now += (int(lines.excitation.max()) + 1) * repetition
         headers.append(head)
-    _mark_ends(headers, set(axes.values()))
+    mark_ends(headers, set(axes.values()))
     return headers
 
 
-def _mark_ends(headers: list[NDArray[np.void]], counters: set[str]) -> None:
+def mark_ends(headers: list[NDArray[np.void]], counters: set[str]) -> None:
     """Set the FIRST_IN and LAST_IN flags of slice, repetition, measurement and the contrast counters."""
     imaging = [
         np.flatnonzero((head["flags"] & flag(ismrmrd.ACQ_IS_PARALLEL_CALIBRATION)) == 0) for head in headers

@@ -44,12 +44,18 @@ class RawFile:
                 "data", (0,), maxshape=(None,), dtype=acquisition_dtype, chunks=(ROWS_PER_CHUNK,)
             )
 
-    def append(self, head: NDArray[np.void], samples: NDArray[np.complex64]) -> None:
+    def append(
+        self,
+        head: NDArray[np.void],
+        samples: NDArray[np.complex64],
+        trajectory: NDArray[np.float32] | None = None,
+    ) -> None:
         """Write acquisitions.
 
         Args:
             head: (n,) acquisition headers; number of samples, channels and scan counter are set here.
             samples: (n, c, sample) complex64.
+            trajectory: (n, sample, d) k-space positions; None for Cartesian lines.
 
         Raises:
             OSError: if the disk is full.
@@ -58,17 +64,20 @@ class RawFile:
         start = self.lines
         head = head.copy()
         head["number_of_samples"] = points
+        head["trajectory_dimensions"] = 0 if trajectory is None else trajectory.shape[2]
         head["active_channels"] = channels
         head["available_channels"] = channels
         head["scan_counter"] = start + np.arange(count)
         rows = np.zeros(count, dtype=acquisition_dtype)
         rows["head"] = head
         numbers = np.ascontiguousarray(samples, dtype=np.complex64).reshape(count, -1).view(np.float32)
-        no_trajectory = np.zeros(0, dtype=np.float32)
+        places = np.zeros((count, 0), dtype=np.float32)
+        if trajectory is not None:
+            places = np.ascontiguousarray(trajectory, dtype=np.float32).reshape(count, -1)
         for row in range(count):
-            rows["traj"][row] = no_trajectory
+            rows["traj"][row] = places[row]
             rows["data"][row] = numbers[row]
-        reserve(self.path, numbers.nbytes + count * _HEAP)
+        reserve(self.path, numbers.nbytes + places.nbytes + count * _HEAP)
         with h5py.File(self.path, "r+") as file:
             data = file[GROUP]["data"]
             data.resize(start + count, axis=0)

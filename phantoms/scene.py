@@ -21,7 +21,7 @@ from quantitron.gadgets.errors import ScanError
 from quantitron.phantoms.anatomy import Anatomy
 from quantitron.phantoms.coils import coil_sensitivities
 from quantitron.phantoms.field import dipole_field, off_resonance, receive_phase, transmit_field
-from quantitron.recon.data import Protocol
+from quantitron.recon.data import SEQUENCE_MAPS, Protocol
 from quantitron.recon.signal.models import CONTRAST_PARAMETERS, CONTRAST_SIGNALS
 from quantitron.recon.signal.spoiled_gre import echo_signal, flash_steady_state
 
@@ -53,7 +53,7 @@ class Scene:
     pd: Tensor
     """(v,) complex64, receive phase included."""
     parameters: dict[str, Tensor]
-    """(v,) float32 each: ``t2star``, ``b0`` and what the sequence needs of ``t1``, ``t2``, ``inversion``."""
+    """(v,) float32 each: what the sequence needs of ``t1``, ``t2``, ``inversion``, ``t2star`` and ``b0``."""
     b1: Tensor | None
     """(v,) actual over nominal flip angle; None for 1 everywhere."""
     coils: Tensor
@@ -100,7 +100,13 @@ def voxel_batches(voxels: int) -> list[slice]:
 
 def required_maps(sequence: str) -> tuple[str, ...]:
     """Tissue maps that an anatomy must have for a sequence."""
-    return (*(name for name in CONTRAST_PARAMETERS[sequence] if name != "inversion"), "t2star")
+    own = tuple(name for name in CONTRAST_PARAMETERS[sequence] if name != "inversion")
+    return (*own, "t2star") if has_echoes(sequence) else own
+
+
+def has_echoes(sequence: str) -> bool:
+    """Whether the signal depends on T2* and off-resonance: all sequences but ``fisp_mrf``."""
+    return "t2star" in SEQUENCE_MAPS[sequence]
 
 
 def make_scene(
@@ -146,7 +152,7 @@ def make_scene(
     shape = (matrix[0] * qz, matrix[1] * qy, matrix[2] * qx)
     voxel = (field_of_view[0] / shape[0], field_of_view[1] / shape[1], field_of_view[2] / shape[2])
     centre = (qz * (matrix[0] // 2), qy * (matrix[1] // 2), qx * (matrix[2] // 2))
-    if anatomy.b0 is None and anatomy.chi is not None:
+    if has_echoes(protocol.sequence) and anatomy.b0 is None and anatomy.chi is not None:
         # The field of the whole object, not only of what lies in the slab.
         strength = protocol.field_strength if protocol.field_strength is not None else 3.0
         local = dipole_field(anatomy.chi, anatomy.voxel_size, strength)
@@ -172,13 +178,6 @@ def make_scene(
     pd = inside(fine.pd).astype(np.complex64)
     if fine.pd.dtype.kind != "c" and fields.receive_phase:
         pd *= np.exp(1j * receive_phase(places, fields.receive_phase, random[1])).astype(np.complex64)
-    if fine.b0 is not None:
-        b0 = inside(fine.b0)
-    else:
-        b0 = off_resonance(places, fields.b0, random[0])
-        if local is not None:
-            whole = Anatomy(pd=local, voxel_size=anatomy.voxel_size, mask=anatomy.mask, labels=anatomy.labels)
-            b0 = b0 + inside(whole.on_grid(shape, voxel, centre, (height, 0.0, 0.0)).pd)
     b1 = None
     if fine.b1 is not None:
         b1 = inside(fine.b1)
@@ -188,7 +187,18 @@ def make_scene(
     def tensor(values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
-    parameters = {"t2star": tensor(inside(fine.t2star)), "b0": tensor(b0)}
+    parameters = {}
+    if has_echoes(protocol.sequence):
+        if fine.b0 is not None:
+            b0 = inside(fine.b0)
+        else:
+            b0 = off_resonance(places, fields.b0, random[0])
+            if local is not None:
+                whole = Anatomy(
+                    pd=local, voxel_size=anatomy.voxel_size, mask=anatomy.mask, labels=anatomy.labels
+                )
+                b0 = b0 + inside(whole.on_grid(shape, voxel, centre, (height, 0.0, 0.0)).pd)
+        parameters = {"t2star": tensor(inside(fine.t2star)), "b0": tensor(b0)}
     for name in CONTRAST_PARAMETERS[protocol.sequence]:
         parameters[name] = (
             torch.full((len(index),), inversion_efficiency)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,24 +14,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from quantitron.gadgets.acquisition_block import HEADER_DTYPE
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.header import make_header
 from quantitron.gadgets.image_file import TRUTH_GROUP, reason, write_images
-from quantitron.gadgets.image_geometry import axial_header
-from quantitron.gadgets.images import PD_REFERENCE, map_images
-from quantitron.phantoms.acquisition_order import Pass, acquisition_headers, flag, order_passes
+from quantitron.phantoms.acquisition_order import Pass, acquisition_headers, order_passes
 from quantitron.phantoms.anatomy import Anatomy
 from quantitron.phantoms.coils import noise_covariance
 from quantitron.phantoms.encode import POINT_SPREADS, PointSpread, encode
 from quantitron.phantoms.file import read_anatomy
 from quantitron.phantoms.mni import mni_brain
 from quantitron.phantoms.nist import nist_phantom
+from quantitron.phantoms.noise import NOISE_SAMPLES, ChannelNoise, noise_headers
 from quantitron.phantoms.protocols import make_protocol
 from quantitron.phantoms.raw_file import RawFile
 from quantitron.phantoms.sampling import random_sampling
 from quantitron.phantoms.scene import FieldSettings, Scene, brightest_frame, make_scene
-from quantitron.phantoms.truth import truth_maps
+from quantitron.phantoms.truth_images import truth_images
 from quantitron.recon.data import Encoding, Protocol
 
 logger = logging.getLogger("quantitron")
@@ -43,8 +40,6 @@ SLICE_THICKNESS = 4.0
 """Default extent along z of a scan with one partition [mm]."""
 DWELL_TIME = 5e-6
 """Time between samples of the oversampled readout [s]."""
-NOISE_SAMPLES = 20000
-"""Samples of the noise scan in each channel, at least."""
 LINES_AT_ONCE = 256
 """Lines that are made and written together; changes memory, never the result."""
 
@@ -160,7 +155,7 @@ def simulate(
         raise ScanError(f"{output} exists; overwrite replaces it")
     if isinstance(supersampling, int):
         supersampling = (supersampling, supersampling, supersampling)
-    _check(matrix, fov, coils, snr, supersampling, slices, readout_oversampling, inversion_efficiency)
+    check_scan(matrix, fov, coils, snr, supersampling, slices, readout_oversampling, inversion_efficiency)
     if point_spread not in POINT_SPREADS:
         raise ScanError(f"point spread is '{point_spread}'; it must be one of {', '.join(POINT_SPREADS)}")
     protocol = make_protocol(
@@ -173,7 +168,7 @@ def simulate(
     )
     anatomy = load_anatomy(phantom)
     if fov is None:
-        fov = _default_field_of_view(str(phantom), anatomy, matrix[2])
+        fov = default_field_of_view(str(phantom), anatomy, matrix[2])
     grid = (matrix[2], matrix[1], matrix[0])
     extent = (fov[2] * 1e-3, fov[1] * 1e-3, fov[0] * 1e-3)
     heights = [(number - slices // 2) * extent[0] for number in range(slices)]
@@ -211,7 +206,7 @@ def simulate(
     noise_free = snr is None or math.isinf(snr)
     deviation = 0.0 if noise_free or snr is None else signal / snr
     covariance = deviation**2 * noise_covariance(coils, np.random.default_rng([seed, 3]))
-    noise = _Noise(covariance, seed)
+    noise = ChannelNoise(covariance, seed)
 
     encoding = Encoding(matrix=grid, field_of_view=extent, delivered_matrix=grid, slices=slices, coils=coils)
     stated = state_efficiency and sequence == "t2ir_gre"
@@ -235,13 +230,13 @@ def simulate(
     try:
         raw = RawFile(part, header)
         if noise_lines:
-            raw.append(_noise_headers(noise_lines, points), noise.draw(noise_lines, points))
+            raw.append(noise_headers(noise_lines, points, DWELL_TIME), noise.draw(noise_lines, points))
         for lines, head in zip(passes, heads, strict=True):
             for rows, samples in _pass_samples(scenes[lines.slice], protocol, lines, points, point_spread):
                 if not noise_free:
                     samples += noise.draw(len(samples), points)
                 raw.append(head[rows], samples)
-        write_images(part, TRUTH_GROUP, _truth_images(scenes, protocol, positions, extent, covariance, seed))
+        write_images(part, TRUTH_GROUP, truth_images(scenes, protocol, positions, extent, covariance, seed))
         os.replace(part, output)
     except OSError as error:
         raise ScanError(f"cannot write {output}: {reason(error)}") from error
@@ -268,64 +263,7 @@ def _pass_samples(
         yield rows, encoded.lines(*index).numpy()
 
 
-class _Noise:
-    """Correlated complex noise, drawn from one stream in the order of acquisition."""
-
-    def __init__(self, covariance: NDArray[np.complex128], seed: int) -> None:
-        self.coils = len(covariance)
-        self.factor = np.zeros_like(covariance)
-        if covariance.any():
-            self.factor = np.linalg.cholesky(covariance)
-        self.random = np.random.default_rng([seed, 4])
-
-    def draw(self, lines: int, points: int) -> NDArray[np.complex64]:
-        """(lines, c, points) with E[n n^H] = covariance."""
-        white = self.random.standard_normal((lines, self.coils, points, 2), dtype=np.float32)
-        white = white.view(np.complex64)[..., 0] * np.float32(math.sqrt(0.5))
-        return np.matmul(self.factor.astype(np.complex64), white)
-
-
-def _noise_headers(count: int, points: int) -> NDArray[np.void]:
-    head = np.empty(count, dtype=HEADER_DTYPE)
-    head[:] = axial_header()
-    head["flags"] = flag(ismrmrd.ACQ_IS_NOISE_MEASUREMENT)
-    head["center_sample"] = points // 2
-    head["sample_time_us"] = DWELL_TIME * 1e6
-    return head
-
-
-def _truth_images(
-    scenes: list[Scene],
-    protocol: Protocol,
-    positions: list[tuple[float, float, float]],
-    extent: tuple[float, float, float],
-    covariance: NDArray[np.complex128],
-    seed: int,
-) -> Iterator[ismrmrd.Image]:
-    """Truth of all slabs as float32 images; PD scaled like that of a reconstruction."""
-    slabs = [truth_maps(scene, protocol.sequence, covariance) for scene in scenes]
-    names = [name for name in slabs[0] if all(name in slab for slab in slabs)]
-    values = {name: np.stack([slab[name] for slab in slabs]) for name in names}  # (s, z, y, x)
-    inside = (values["mask"] > 0) & np.isfinite(values["pd"])
-    values["pd"] = values["pd"] * np.float32(PD_REFERENCE / np.percentile(values["pd"][inside], 99))
-    geometry = {}
-    for number, position in enumerate(positions):
-        geometry[number] = axial_header()
-        geometry[number]["position"] = position
-    random = np.random.default_rng([seed, 5])
-    uids: dict[int, str] = {}
-    for image in map_images(values, geometry, extent):
-        # Equal seeds give equal files: the series' own UID is replaced by one drawn from the seed.
-        series = int(image.image_series_index)
-        if series not in uids:
-            uids[series] = f"2.25.{uuid.UUID(bytes=random.bytes(16), version=4).int}"
-        meta = image.meta
-        meta["SeriesInstanceUID"] = uids[series]
-        image.meta = meta
-        yield image
-
-
-def _default_field_of_view(phantom: str, anatomy: Anatomy, partitions: int) -> tuple[float, float, float]:
+def default_field_of_view(phantom: str, anatomy: Anatomy, partitions: int) -> tuple[float, float, float]:
     """x, y, z [mm]: a usual one for the built-in phantoms, else the extent of the file's maps."""
     dz, dy, dx = (1e3 * size for size in anatomy.voxel_size)
     nz, ny, nx = anatomy.shape
@@ -333,7 +271,7 @@ def _default_field_of_view(phantom: str, anatomy: Anatomy, partitions: int) -> t
     return x, y, SLICE_THICKNESS if partitions == 1 else z
 
 
-def _check(
+def check_scan(
     matrix: tuple[int, int, int],
     fov: tuple[float, float, float] | None,
     coils: int,

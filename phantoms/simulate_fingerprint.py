@@ -1,0 +1,385 @@
+"""Anatomy + schedule + spirals -> ISMRMRD raw file of a fingerprint (``fisp_mrf``) with its ground truth.
+
+Every slice, and every partition of a stack of spirals, plays the whole train from equilibrium; one interleaf
+a time point. The fingerprints come from the extended phase graph (``signal_table``), k-space from the object
+on a grid finer than the scan's (``spiral_encode``). Off-resonance and decay during a readout are not
+simulated.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ismrmrd
+import numpy as np
+from numpy.typing import NDArray
+
+from quantitron.gadgets.acquisition_block import HEADER_DTYPE
+from quantitron.gadgets.errors import ScanError
+from quantitron.gadgets.image_file import TRUTH_GROUP, reason, write_images
+from quantitron.gadgets.image_geometry import axial_header
+from quantitron.phantoms.acquisition_order import TICK, flag, mark_ends
+from quantitron.phantoms.coils import noise_covariance
+from quantitron.phantoms.encode import POINT_SPREADS, PointSpread
+from quantitron.phantoms.fingerprint_header import fingerprint_header
+from quantitron.phantoms.noise import NOISE_SAMPLES, ChannelNoise, noise_headers
+from quantitron.phantoms.raw_file import RawFile
+from quantitron.phantoms.scene import FieldSettings, Scene, make_scene, scan_mask
+from quantitron.phantoms.schedules import INVERSION_TIME, make_schedule
+from quantitron.phantoms.signal_table import SignalBasis, signal_basis, tabulate
+from quantitron.phantoms.simulate import Simulation, check_scan, default_field_of_view, load_anatomy
+from quantitron.phantoms.spiral import SpiralDesign, design_spiral, rotate
+from quantitron.phantoms.spiral_encode import spectra
+from quantitron.phantoms.truth_images import truth_images
+from quantitron.recon.data import Encoding, Protocol
+
+logger = logging.getLogger("quantitron")
+
+ORDERS = ("sequential", "shuffled")
+CALIBRATIONS = ("none", "separate")
+LINES_AT_ONCE = 128
+"""Readouts that are written together; changes memory, never the result."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Readouts of one partition of one slice, in the order in which they are played."""
+
+    slice: int
+    partition: int
+    time_point: NDArray[np.int64]
+    """(n,) w."""
+    interleaf: NDArray[np.int64]
+    """(n,) which trajectory."""
+    flags: np.uint64
+    """Of all its readouts."""
+
+
+def simulate_fingerprint(
+    *,
+    output: str | os.PathLike[str],
+    phantom: str | os.PathLike[str] = "mni",
+    schedule: str | os.PathLike[str] = "jiang",
+    points: int | None = None,
+    interleaves: int = 48,
+    order: str = "sequential",
+    step: int = 1,
+    matrix: tuple[int, int, int] = (192, 192, 1),
+    fov: tuple[float, float, float] | None = None,
+    slices: int = 1,
+    height: float = 0.0,
+    coils: int = 8,
+    snr: float | None = 10.0,
+    seed: int = 0,
+    supersampling: int | tuple[int, int, int] = 2,
+    point_spread: PointSpread = "truncation",
+    echo_time: float | None = None,
+    inversion_time: float | None = INVERSION_TIME,
+    inversion_efficiency: float | None = None,
+    calibration: str = "none",
+    calibration_radius: float = 0.08,
+    b1: float = 0.0,
+    receive_phase: float = 1.5,
+    spiral: SpiralDesign | None = None,
+    overwrite: bool = False,
+) -> Simulation:
+    """Simulate a fingerprint and write it as an ISMRMRD file with its truth in group ``truth``.
+
+    Args:
+        output: file to write.
+        phantom: ``mni``, ``nist`` (whose T2 plate lies at height 0) or a ``FILE.npz``.
+        schedule: ``jiang``, ``tgas`` or a ``FILE.csv`` (see ``make_schedule``).
+        points: time points; None for the schedule's own number.
+        interleaves: rotated copies of the spiral; one is played a time point.
+        order: ``sequential``: time point t plays interleaf ``step t`` mod ``interleaves``; ``shuffled``:
+            all interleaves in a new random order in every pass.
+        step: how far apart consecutive interleaves are; only ``sequential``.
+        matrix: scan matrix (x, y, z); z = 1 for 2D, more for a stack of spirals.
+        fov: field of view (x, y, z) [mm] of one slice; None takes one that suits the phantom.
+        slices: slices (z = 1) or slabs, contiguous along z.
+        height: centre of the middle slice along z [mm]; 0 is the middle of the phantom. The NIST phantom has
+            its T1 plate at 20, its T2 plate at 0 and its PD plate at -20.
+        coils: receive channels.
+        snr: mean over the brain of the rms over time of the coil-combined signal over the standard deviation
+            of the complex noise of an average channel; None or infinite for no noise (and no noise scan).
+        seed: equal seeds give equal files.
+        supersampling: fine voxels of the object along the edges of a scan voxel, one number or (x, y, z).
+        point_spread: ``truncation`` cuts the object's k-space as a scanner does, ringing included;
+            ``average`` makes each scan voxel the mean of its fine voxels.
+        echo_time: from an excitation to the first sample [s]; None for the schedule's own.
+        inversion_time: from the inversion to the first excitation [s]; None for no inversion.
+        inversion_efficiency: 0..1; stated in the header if given, else 1.
+        calibration: ``none``, or ``separate``: all interleaves at low resolution before each slice, flagged
+            as calibration only, at the brightest time point.
+        calibration_radius: extent of the calibration in k-space [cycles per voxel].
+        b1: spread of the transmit field, where the phantom has none of its own; 0 is none.
+        receive_phase: spread of the receive phase [rad], where the phantom's PD is real.
+        spiral: density and gradient limits; matrix, field of view and interleaves are set here.
+        overwrite: replace an existing file.
+
+    Raises:
+        ScanError: if an argument or the phantom makes no sense, the file exists, or it cannot be written.
+    """
+    output = Path(output)
+    if output.exists() and not overwrite:
+        raise ScanError(f"{output} exists; overwrite replaces it")
+    if isinstance(supersampling, int):
+        supersampling = (supersampling, supersampling, supersampling)
+    efficiency = 1.0 if inversion_efficiency is None else inversion_efficiency
+    check_scan(matrix, fov, coils, snr, supersampling, slices, 1.0, efficiency)
+    _check(order, step, interleaves, calibration, calibration_radius, point_spread, height)
+    protocol = make_schedule(
+        schedule,
+        points,
+        echo_time=echo_time,
+        inversion_time=inversion_time,
+        inversion_efficiency=inversion_efficiency,
+        seed=seed,
+    )
+    anatomy = load_anatomy(phantom)
+    if fov is None:
+        fov = default_field_of_view(str(phantom), anatomy, matrix[2])
+    grid = (matrix[2], matrix[1], matrix[0])
+    extent = (fov[2] * 1e-3, fov[1] * 1e-3, fov[0] * 1e-3)
+    arms = _arms(spiral or SpiralDesign(), grid, extent, interleaves)
+    heights = [1e-3 * height + (number - slices // 2) * extent[0] for number in range(slices)]
+    scenes = [
+        make_scene(
+            anatomy,
+            protocol,
+            grid,
+            extent,
+            coils=coils,
+            supersampling=(supersampling[2], supersampling[1], supersampling[0]),
+            height=place,
+            fields=FieldSettings(b1=b1, receive_phase=receive_phase),
+            seed=seed,
+        )
+        for place in heights
+    ]
+    basis = signal_basis(tabulate(scenes, protocol), [scene.pd for scene in scenes])
+    signal, brightest = signal_level(scenes, basis)
+    noise_free = snr is None or math.isinf(snr)
+    deviation = 0.0 if noise_free or snr is None else signal / snr
+    covariance = deviation**2 * noise_covariance(coils, np.random.default_rng([seed, 3]))
+    noise = ChannelNoise(covariance, seed)
+
+    encoding = Encoding(grid, extent, grid, slices, coils, trajectory="spiral")
+    header = fingerprint_header(encoding, protocol, interleaves, calibration == "separate")
+    trains = [
+        Train(
+            slice=number,
+            partition=partition,
+            time_point=np.arange(protocol.contrasts),
+            interleaf=interleaf_order(
+                order, protocol.contrasts, interleaves, step, [seed, 13, number, partition]
+            ),
+            flags=np.uint64(0),
+        )
+        for number in range(slices)
+        for partition in range(grid[0])
+    ]
+    low = arms[:, : int(np.searchsorted(np.linalg.norm(arms[0], axis=1), calibration_radius)) + 1]
+    if calibration == "separate":
+        trains = _with_calibration(trains, interleaves, grid[0], calibration_radius, brightest)
+    positions = [(0.0, 0.0, 1e3 * place) for place in heights]
+    heads = readout_headers(trains, protocol, positions, (spiral or SpiralDesign()).dwell_time)
+
+    points_of_noise = arms.shape[1]
+    noise_lines = 0 if noise_free else -(-NOISE_SAMPLES // points_of_noise)
+    part = output.with_name(output.name + ".part")
+    samples = 0
+    try:
+        raw = RawFile(part, header)
+        if noise_lines:
+            head = noise_headers(noise_lines, points_of_noise, (spiral or SpiralDesign()).dwell_time)
+            raw.append(head, noise.draw(noise_lines, points_of_noise))
+        for number, head, interleaf, lines in _readouts(
+            scenes, basis, trains, heads, arms, low, point_spread
+        ):
+            del number
+            if not noise_free:
+                lines += noise.draw(len(lines), lines.shape[2])
+            raw.append(head, lines, places)
+            samples += lines.shape[0] * lines.shape[2]
+        write_images(part, TRUTH_GROUP, truth_images(scenes, protocol, positions, extent, covariance, seed))
+        os.replace(part, output)
+    except OSError as error:
+        raise ScanError(f"cannot write {output}: {reason(error)}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    total = sum(len(train.time_point) for train in trains)
+    reached = slices * protocol.contrasts * math.prod(grid) / samples
+    logger.info("%s: %d spirals of %d x %d samples, R = %.2f", output, total, coils, arms.shape[1], reached)
+    return Simulation(output, total, noise_lines, reached, deviation, covariance, brightest)
+
+
+def _readouts(
+    scenes: list[Scene],
+    basis: SignalBasis,
+    trains: list[Train],
+    heads: list[NDArray[np.void]],
+    arms: NDArray[np.float32],
+    low: NDArray[np.float32],
+    point_spread: PointSpread,
+) -> Iterator[tuple[NDArray[np.void], NDArray[np.float32], NDArray[np.complex64]]]:
+    """Noise-free readouts, some at a time, in order: headers, trajectories and samples (n, c, m)."""
+    axes = basis.axes.numpy()
+    for train, head in zip(trains, heads, strict=True):
+        scene, coefficients = scenes[train.slice], basis.coefficients[train.slice]
+        imaging = train.flags == 0
+        curves = arms if imaging else low
+        for _, spectrum in spectra(scene, coefficients, curves, [train.partition], point_spread):
+            for start in range(0, len(head), LINES_AT_ONCE):
+                rows = slice(start, min(start + LINES_AT_ONCE, len(head)))
+                interleaf = train.interleaf[rows]
+                weights = axes[train.time_point[rows]]
+                lines = np.empty((len(interleaf), *spectrum.shape[2:]), dtype=np.complex64)
+                for row, (number, weight) in enumerate(zip(interleaf, weights, strict=True)):
+                    lines[row] = np.tensordot(weight, spectrum[number], axes=1)
+                yield head[rows], curves[interleaf], lines
+
+
+def interleaf_order(
+    order: str, points: int, interleaves: int, step: int, seed: list[int]
+) -> NDArray[np.int64]:
+    """(points,) interleaf of each time point (see ``simulate_fingerprint``)."""
+    if order == "sequential":
+        return np.arange(points) * step % interleaves
+    random = np.random.default_rng(seed)
+    passes = [random.permutation(interleaves) for _ in range(-(-points // interleaves))]
+    return np.concatenate(passes)[:points].astype(np.int64)
+
+
+def signal_level(scenes: list[Scene], basis: SignalBasis) -> tuple[float, int]:
+    """Mean over the mask of the rms over time of the coil-combined signal, and the brightest time point.
+
+    With coil maps of unit root-sum-of-squares the coil-combined signal of a scan voxel is the modulus of the
+    mean of its fine voxels' complex signal.
+    """
+    time_points = len(basis.axes)
+    total, voxels, energy = 0.0, 0, np.zeros(time_points)
+    for scene, coefficients in zip(scenes, basis.coefficients, strict=True):
+        mask = scan_mask(scene)
+        if not mask.any():
+            continue
+        images = np.stack([scene.block_mean(scene.embed(scene.pd * part))[mask] for part in coefficients])
+        total += float(np.sqrt((np.abs(images) ** 2).sum(axis=0) / time_points).sum())
+        voxels += int(mask.sum())
+        gram = images @ images.conj().T
+        axes = basis.axes.numpy()
+        energy += np.einsum("wl,lk,wk->w", axes, gram, axes.conj()).real
+    if voxels == 0:
+        raise ScanError("no voxel of the scan lies in the phantom's mask")
+    return total / voxels, int(np.argmax(energy))
+
+
+def readout_headers(
+    trains: list[Train],
+    protocol: Protocol,
+    positions: list[tuple[float, float, float]],
+    dwell_time: float,
+) -> list[NDArray[np.void]]:
+    """Headers of all readouts, train by train: counters by the contract, flags, times, geometry.
+
+    Args:
+        trains: in the order of acquisition.
+        protocol: the fingerprint.
+        positions: centre of voxel n/2 of each slice (x, y, z) [mm].
+        dwell_time: time between samples [s].
+    """
+    pause = 5.0
+    excitation = np.concatenate([[0.0], np.cumsum(protocol.repetition_time)])
+    headers, now = [], 0.0
+    for train in trains:
+        head = np.empty(len(train.time_point), dtype=HEADER_DTYPE)
+        head[:] = axial_header()
+        head["idx"]["kspace_encode_step_1"] = train.interleaf
+        head["idx"]["kspace_encode_step_2"] = train.partition
+        head["idx"]["slice"] = train.slice
+        head["idx"]["repetition"] = train.time_point
+        head["flags"] = train.flags
+        head["position"] = positions[train.slice]
+        head["center_sample"] = 0
+        head["sample_time_us"] = dwell_time * 1e6
+        if train.flags:  # one excitation after another, each long after the train's own
+            time = now + np.arange(len(head)) * (excitation[-1] + pause) + excitation[train.time_point]
+        else:
+            time = now + excitation[train.time_point]
+        now = float(time[-1]) + pause
+        head["acquisition_time_stamp"] = np.round((time + protocol.echo_time[0]) / TICK).astype(np.uint32)
+        headers.append(head)
+    mark_ends(headers, {"repetition"})
+    return headers
+
+
+def _with_calibration(
+    trains: list[Train], interleaves: int, partitions: int, radius: float, time_point: int
+) -> list[Train]:
+    """Calibration before the imaging of each slice: every interleaf, in the partitions near kz = 0."""
+    result = []
+    for train in trains:
+        if train.partition == 0:
+            for partition in range(partitions):
+                if abs(partition - partitions // 2) <= radius * partitions:
+                    result.append(
+                        Train(
+                            slice=train.slice,
+                            partition=partition,
+                            time_point=np.full(interleaves, time_point),
+                            interleaf=np.arange(interleaves),
+                            flags=flag(ismrmrd.ACQ_IS_PARALLEL_CALIBRATION),
+                        )
+                    )
+        result.append(train)
+    return result
+
+
+def _arms(
+    design: SpiralDesign, grid: tuple[int, int, int], extent: tuple[float, float, float], interleaves: int
+) -> NDArray[np.float32]:
+    """(interleaves, m, 2) the spirals of a scan in cycles per voxel."""
+    edges = [extent[axis] / grid[axis] for axis in (1, 2)]
+    if abs(edges[0] - edges[1]) > 1e-3 * max(edges):
+        raise ScanError(
+            f"voxels of {1e3 * edges[1]:.4g} x {1e3 * edges[0]:.4g} mm are not square, as spirals need; "
+            "change matrix or fov"
+        )
+    larger = max(grid[1:])
+    whole = replace(design, matrix=larger, field_of_view=larger * edges[0], interleaves=interleaves)
+    return rotate(design_spiral(whole), interleaves)
+
+
+def _check(
+    order: str,
+    step: int,
+    interleaves: int,
+    calibration: str,
+    radius: float,
+    point_spread: str,
+    height: float,
+) -> None:
+    """Refuse arguments that make no fingerprint."""
+    if order not in ORDERS:
+        raise ScanError(f"order is '{order}'; it must be one of {', '.join(ORDERS)}")
+    if not 1 <= interleaves <= 65536:
+        raise ScanError(f"interleaves is {interleaves}; it must be in 1..65536")
+    if order == "shuffled" and step != 1:
+        raise ScanError("a step between interleaves belongs to the order sequential, not to shuffled")
+    if step < 1 or math.gcd(step, interleaves) != 1:
+        raise ScanError(f"with a step of {step} not all of {interleaves} interleaves would be played")
+    if calibration not in CALIBRATIONS:
+        raise ScanError(
+            f"calibration is '{calibration}'; for fisp_mrf it must be one of {', '.join(CALIBRATIONS)}"
+        )
+    if not 0 < radius <= 0.5:
+        raise ScanError(f"calibration_radius is {radius:g}; it must be in 0..0.5 cycles per voxel")
+    if point_spread not in POINT_SPREADS:
+        raise ScanError(f"point spread is '{point_spread}'; it must be one of {', '.join(POINT_SPREADS)}")
+    if not math.isfinite(height):
+        raise ScanError(f"height is {height} mm")
