@@ -199,10 +199,7 @@ def simulate_fingerprint(
         if noise_lines:
             head = noise_headers(noise_lines, points_of_noise, (spiral or SpiralDesign()).dwell_time)
             raw.append(head, noise.draw(noise_lines, points_of_noise))
-        for number, head, interleaf, lines in _readouts(
-            scenes, basis, trains, heads, arms, low, point_spread
-        ):
-            del number
+        for head, places, lines in _readouts(scenes, basis, trains, heads, arms, low, point_spread):
             if not noise_free:
                 lines += noise.draw(len(lines), lines.shape[2])
             raw.append(head, lines, places)
