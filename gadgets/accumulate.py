@@ -1,4 +1,7 @@
-"""Gadget ``accumulate``: lines become the 6D k-space, or its reduced form while the scan runs."""
+"""Gadget ``accumulate``: lines become the 6D k-space, or its reduced form while the scan runs.
+
+Scans on a trajectory are gathered by ``trajectory_accumulate``.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from quantitron.gadgets.line_store import CalibrationStore, GrowingRows, LineSto
 from quantitron.gadgets.read_ahead import read_ahead
 from quantitron.gadgets.scan_coverage import ScanCoverage
 from quantitron.gadgets.single_thread import single_thread
+from quantitron.gadgets.trajectory_accumulate import TrajectoryScan
 from quantitron.recon.data import ScanData
 from quantitron.recon.gram import GramSum
 
@@ -35,7 +39,8 @@ class Accumulate(Gadget):
     """Gathers the lines of the whole scan and hands on one ``ScanData``.
 
     Lines may come in any order, repeated or not at all. Repeated lines (the counters ``average`` and
-    ``repetition``, and any that carries no contrast) are averaged and counted.
+    ``repetition``, and any that carries no contrast) are averaged and counted. Readouts on a trajectory are
+    kept one by one.
     """
 
     name: ClassVar[str] = "accumulate"
@@ -57,22 +62,40 @@ class Accumulate(Gadget):
             ScanError: for counters beyond their limits, samples that are not finite, a changing number of
                 channels, or too few data; the sentence names the acquisition.
         """
-        scan: _Scan | None = None
+        scan: _CartesianScan | TrajectoryScan | None = None
+        make = _CartesianScan if context.encoding.trajectory == "cartesian" else TrajectoryScan
         with closing(read_ahead(blocks_of(items))) as blocks:
             for block in blocks:
                 chosen = of_scan(block, context)
                 if scan is None and chosen.any():
-                    scan = _Scan(self, context, block)
+                    scan = make(self, context, block)
                 # What follows the end of the measurement is read, so that the sender can finish, not used.
                 if scan is not None and not scan.ended:
-                    scan.add(block, chosen)
+                    _add(scan, block, chosen)
         if scan is None:
             raise ScanError("the scan ended without a single imaging line")
         yield scan.finish()
 
 
-class _Scan:
-    """The stores of one scan in progress."""
+def _add(scan: _CartesianScan | TrajectoryScan, block: AcquisitionBlock, chosen: NDArray[np.bool_]) -> None:
+    """Hand the chosen lines up to the end of the measurement to the scan."""
+    last = flagged(block, LAST)
+    if last.any():
+        scan.ended = True
+        chosen = chosen & (np.arange(len(block)) < int(last.argmax()) + 1)
+    if not chosen.any():
+        return
+    energy = _energy(block)
+    finite = np.isfinite(energy) | ~chosen
+    if not finite.all():
+        raise ScanError(
+            f"acquisition {block.first + int(finite.argmin())} has samples that are not finite numbers"
+        )
+    scan.add(block, chosen, energy)
+
+
+class _CartesianScan:
+    """The stores of one Cartesian scan in progress."""
 
     def __init__(self, settings: Accumulate, context: Context, block: AcquisitionBlock) -> None:
         """Preallocate for lines of the shape of ``block``."""
@@ -109,25 +132,12 @@ class _Scan:
         self._coverage = ScanCoverage(context.protocol, encoding)
         self.ended = False
 
-    def add(self, block: AcquisitionBlock, chosen: NDArray[np.bool_]) -> None:
-        """Sort the lines of a block into the stores."""
-        last = flagged(block, LAST)
-        if last.any():
-            self.ended = True
-            end = int(last.argmax()) + 1
-            chosen = chosen & (np.arange(len(block)) < end)
-        if not chosen.any():
-            return
+    def add(self, block: AcquisitionBlock, chosen: NDArray[np.bool_], energy: NDArray[np.float64]) -> None:
+        """Sort the chosen lines of a block, whose energies (n,) are given, into the stores."""
         self._check_shape(block, chosen)
         navigator = chosen & flagged(block, NAVIGATOR)
         calibration = chosen & flagged(block, CALIBRATION) & ~navigator
         imaging = chosen & ~navigator & (~calibration | flagged(block, IMAGING_TOO))
-        energy = _energy(block)
-        finite = np.isfinite(energy) | ~chosen
-        if not finite.all():
-            raise ScanError(
-                f"acquisition {block.first + int(finite.argmin())} has samples that are not finite numbers"
-            )
         if navigator.any():
             self._add_navigators(block, navigator)
         if calibration.any():
@@ -175,10 +185,7 @@ class _Scan:
         self._coverage.add(at)
         self._energy.extend(energy[chosen])
         self._slice.extend(at.slice)
-        heads = block.head[chosen]
-        for slice_index, row in zip(*np.unique(at.slice, return_index=True), strict=True):
-            if int(slice_index) not in self._context.geometry:
-                self._context.geometry[int(slice_index)] = heads[row : row + 1].copy()[0]
+        self._context.remember_geometry(block.head[chosen], at.slice)
         if self._lines is not None:
             self._lines.add(samples, at)
         if self._gram is not None:

@@ -1,32 +1,65 @@
-"""Gadget ``basis``: the temporal basis, and the scan in it: one ``Problem`` per slice."""
+"""Gadget ``basis``: the temporal basis, and the scan in it: one problem per slice."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
+
+import numpy as np
 
 from quantitron.gadgets.errors import ScanError
-from quantitron.gadgets.gadget import Context, Gadget
-from quantitron.recon.data import Basis, Calibration, KSpace, Problem, ReducedKSpace, ScanData
+from quantitron.gadgets.gadget import Context, Gadget, SliceProblem
+from quantitron.recon.data import (
+    Basis,
+    Calibration,
+    FingerprintProblem,
+    KSpace,
+    Problem,
+    ReducedKSpace,
+    ScanData,
+    TrajectoryKSpace,
+)
 from quantitron.recon.gram import reduce_kspace
 from quantitron.recon.temporal_basis import centre_basis, dictionary_basis, measured_basis
+
+DICTIONARY_GRID = ("t1_range", "t2_range", "t1_points", "t2_points", "b1_range", "b1_points")
+"""Properties that set the grid of a fingerprint dictionary."""
+B1_POINTS = 11
+"""Points over a range of B1."""
 
 
 @dataclass(frozen=True)
 class BasisGadget(Gadget):
-    """Finds the temporal basis over the contrasts (METHODS 3) and splits the scan into slices."""
+    """Finds the temporal basis over the contrasts (METHODS 3) and splits the scan into slices.
+
+    Fingerprints get their dictionary here too; its grid is that of ``recon`` where nothing is set.
+    """
 
     name: ClassVar[str] = "basis"
     source: Literal["auto", "dictionary", "navigator", "centre"] = "auto"
     """``dictionary`` (from the protocol, before the scan), ``navigator`` or ``centre`` (from the data);
     ``auto`` is the dictionary."""
-    rank: int | float = field(default=0.99999, metadata={"above": 0})
-    """Columns (1 or more, whole), or below 1 the share of the signal's energy to keep."""
+    rank: int | float | None = field(default=None, metadata={"above": 0})
+    """Columns (1 or more, whole), or below 1 the share of the signal's energy to keep; None for 0.9999 in
+    fingerprints and 0.99999 in all other scans."""
+    t1_range: tuple[float, float] | None = field(default=None, metadata={"above": 0})
+    """First and last T1 of the dictionary [s]. This and what follows are for ``fisp_mrf`` only."""
+    t2_range: tuple[float, float] | None = field(default=None, metadata={"above": 0})
+    """First and last T2 of the dictionary [s]."""
+    t1_points: int | None = field(default=None, metadata={"minimum": 2})
+    """Points of T1."""
+    t2_points: int | None = field(default=None, metadata={"minimum": 2})
+    """Points of T2."""
+    b1_range: tuple[float, float] | None = field(default=None, metadata={"minimum": 0.2, "maximum": 2})
+    """First and last actual over nominal flip angle of the dictionary; None for 1 alone."""
+    b1_points: int | None = field(default=None, metadata={"minimum": 2})
+    """Points of B1; 11 where only their range is given."""
 
-    @property
-    def columns_or_energy(self) -> int | float:
+    def columns_or_energy(self, sequence: str) -> int | float:
         """``rank`` as the number of columns (int) or the share of the energy (float)."""
+        if self.rank is None:
+            return 0.9999 if sequence == "fisp_mrf" else 0.99999
         return int(self.rank) if self.rank >= 1 else float(self.rank)
 
     def prepare(self, context: Context) -> None:
@@ -36,35 +69,75 @@ class BasisGadget(Gadget):
             ScanError: if the rank is neither a number of columns nor an energy, or above the number of
                 contrasts.
         """
-        if self.rank >= 1 and self.rank != int(self.rank):
+        sequence = context.protocol.sequence
+        rank = self.columns_or_energy(sequence)
+        if self.rank is not None and self.rank >= 1 and self.rank != rank:
             raise ScanError(
                 f"basis: rank is {self.rank:g}; it must be a whole number of columns, or an energy between "
                 "0 and 1"
             )
         contrasts = context.protocol.contrasts
-        if self.rank >= 1 and self.rank > contrasts:
+        if rank >= 1 and rank > contrasts:
             raise ScanError(
-                f"basis: rank {int(self.rank)} is above the {contrasts} contrasts of this "
-                f"{context.protocol.sequence} scan"
+                f"basis: rank {int(rank)} is above the {contrasts} contrasts of this {sequence} scan"
             )
+        if sequence == "fisp_mrf":
+            self._simulate(context, rank)
+            return
+        for name in DICTIONARY_GRID:
+            if getattr(self, name) is not None:
+                raise ScanError(f"basis: property '{name}' is for fisp_mrf, this scan is {sequence}")
         if self.source in ("auto", "dictionary"):
-            context.basis = dictionary_basis(context.protocol, self.columns_or_energy)
+            context.basis = dictionary_basis(context.protocol, rank)
 
-    def __call__(self, items: Iterable[ScanData], context: Context) -> Iterator[Problem]:
+    def _simulate(self, context: Context, rank: int | float) -> None:
+        """The dictionary of a fingerprint, and its leading columns."""
+        from quantitron.gadgets.dictionary_cache import cached_dictionary
+
+        if self.source not in ("auto", "dictionary"):
+            raise ScanError(
+                f"basis: source is '{self.source}', but fingerprints are matched in the basis of their "
+                "dictionary; leave it at 'auto'"
+            )
+        grid: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in ("t1_range", "t2_range", "t1_points", "t2_points")
+            if getattr(self, name) is not None
+        }
+        if self.b1_range is not None:
+            first, last = self.b1_range
+            if not first < last:
+                raise ScanError(f"basis: b1_range runs from {first:g} to {last:g}")
+            points = B1_POINTS if self.b1_points is None else self.b1_points
+            grid["b1"] = tuple(np.linspace(first, last, points).tolist())
+        elif self.b1_points is not None:
+            raise ScanError("basis: property 'b1_points' needs 'b1_range' beside it")
+        try:
+            context.dictionary = cached_dictionary(context.protocol, **grid)
+            context.basis = context.dictionary.basis(rank)
+        except ValueError as error:
+            raise ScanError(f"basis: {error}") from error
+
+    def __call__(self, items: Iterable[ScanData], context: Context) -> Iterator[SliceProblem]:
         """Yield the problem of each slice, in order.
 
         Raises:
             ScanError: if the data that the basis should come from are not there.
         """
         for scan in items:
-            yield from self._problems(scan, context)
+            if isinstance(scan.kspace, TrajectoryKSpace):
+                yield from _fingerprints(scan, scan.kspace, context)
+            else:
+                yield from self._problems(scan, scan.kspace, context)
 
-    def _problems(self, scan: ScanData, context: Context) -> Iterator[Problem]:
-        kspace, reduced = scan.kspace, scan.reduced
+    def _problems(self, scan: ScanData, kspace: KSpace | None, context: Context) -> Iterator[Problem]:
+        reduced = scan.reduced
         if reduced is None:
             if kspace is None:
                 raise ScanError("basis: the scan came neither as lines nor in reduced form")
-            context.basis = context.basis if context.basis is not None else self._measured(scan, context)
+            context.basis = (
+                context.basis if context.basis is not None else self._measured(scan, kspace, context)
+            )
             reduced = reduce_kspace(kspace, context.basis)
         if not context.needs_lines:
             kspace = None
@@ -81,15 +154,39 @@ class BasisGadget(Gadget):
                 seed=context.seed,
             )
 
-    def _measured(self, scan: ScanData, context: Context) -> Basis:
+    def _measured(self, scan: ScanData, kspace: KSpace, context: Context) -> Basis:
+        rank = self.columns_or_energy(context.protocol.sequence)
         try:
-            if self.source == "centre" and scan.kspace is not None:
-                return centre_basis(scan.kspace, self.columns_or_energy)
+            if self.source == "centre":
+                return centre_basis(kspace, rank)
             if scan.navigator is None:
                 raise ScanError("basis: source is 'navigator', but the scan has no navigator lines")
-            return measured_basis(scan.navigator, context.protocol.contrasts, self.columns_or_energy)
+            return measured_basis(scan.navigator, context.protocol.contrasts, rank)
         except ValueError as error:
             raise ScanError(f"basis: {error}") from error
+
+
+def _fingerprints(scan: ScanData, kspace: TrajectoryKSpace, context: Context) -> Iterator[FingerprintProblem]:
+    if context.dictionary is None or context.basis is None:
+        raise ScanError(f"basis: a scan on a trajectory is no {context.protocol.sequence}")
+    for index in range(context.encoding.slices):
+        calibration = scan.calibration
+        if isinstance(calibration, TrajectoryKSpace):
+            here = bool((calibration.slice == index).any())
+            calibration = calibration.of_slice(index) if here else None
+        else:
+            calibration = None
+        yield FingerprintProblem(
+            encoding=replace(context.encoding, slices=1),
+            protocol=context.protocol,
+            kspace=replace(kspace.of_slice(index), energy=scan.energy[index]),
+            basis=context.basis,
+            dictionary=context.dictionary,
+            calibration=calibration,
+            b1=None if context.b1 is None else context.b1[index],
+            noise_known=scan.noise_known,
+            seed=context.seed,
+        )
 
 
 def _slice_of_reduced(reduced: ReducedKSpace, index: int, energy: float) -> ReducedKSpace:
@@ -124,9 +221,11 @@ def _slice_of_lines(kspace: KSpace, index: int, energy: float) -> KSpace:
     )
 
 
-def _slice_of_calibration(calibration: Calibration | None, index: int) -> Calibration | None:
+def _slice_of_calibration(
+    calibration: Calibration | TrajectoryKSpace | None, index: int
+) -> Calibration | None:
     """The slice's calibration lines; None where it has none: its coil maps then come from its own centre."""
-    if calibration is None:
+    if not isinstance(calibration, Calibration):
         return None
     part = slice(index, index + 1)
     if not bool(calibration.count[part].any()):

@@ -139,7 +139,7 @@ def make_chain(
 def check_configuration(
     configuration: Element, where: str = "pipeline", gadgets: Sequence[type[Gadget]] | None = None
 ) -> dict[str, dict[str, dict[str, object]]]:
-    """Check a configuration without a scan, for every sequence.
+    """Check a configuration without a scan, for every sequence that its solver reconstructs.
 
     Returns:
         Sequence -> gadget -> property -> resolved value.
@@ -154,7 +154,18 @@ def check_configuration(
             gadget.name: settings.resolved(gadget) for gadget in _build_layers(classes, layers, sequence)
         }
         for sequence in SUPPORTED
+        if _reconstructed(classes, values, sequence)
     }
+
+
+def _reconstructed(classes: list[type[Gadget]], values: Values, sequence: str) -> bool:
+    """Whether the solver of a configuration is for this sequence; one that does not exist is for all, so that
+    making it says so."""
+    for gadget in classes:
+        told: Callable[[Mapping[str, object]], tuple[str, ...]] | None = getattr(gadget, "sequences_of", None)
+        if told is not None and (sequences := told(values[gadget.name])) and sequence not in sequences:
+            return False
+    return True
 
 
 def read_configuration(
@@ -213,16 +224,14 @@ def _check_order(classes: list[type[Gadget]], known: list[type[Gadget]], where: 
     flow: Any = AcquisitionBlock
     for gadget in classes:
         taken, given = _items(gadget)
-        if Any not in (taken, flow) and taken is not flow:
-            missing = next((g.name for g in known if g not in classes and _items(g)[1] is taken), None)
+        if Any not in (taken, flow) and taken != flow:
+            missing = next((g.name for g in known if g not in classes and _items(g)[1] == taken), None)
             hint = f"; '{missing}' is missing before it" if missing else ""
-            raise ScanError(
-                f"{where}: gadget '{gadget.name}' takes {taken.__name__}, not {flow.__name__}{hint}"
-            )
+            raise ScanError(f"{where}: gadget '{gadget.name}' takes {_kind(taken)}, not {_kind(flow)}{hint}")
         flow = given
     if flow is not Any and flow is not ismrmrd.Image:
         raise ScanError(
-            f"{where}: the chain ends with gadget '{classes[-1].name}', giving {flow.__name__}, no images"
+            f"{where}: the chain ends with gadget '{classes[-1].name}', giving {_kind(flow)}, no images"
         )
 
 
@@ -231,6 +240,11 @@ def _items(gadget: type[Gadget]) -> tuple[Any, Any]:
     hints = get_type_hints(gadget.__call__)
     taken, given = (get_args(hints.get(name, Any)) for name in ("items", "return"))
     return (taken[0] if taken else Any), (given[0] if given else Any)
+
+
+def _kind(item: Any) -> str:
+    """Name of a kind of items; the first of several that may take turns."""
+    return str((get_args(item) or (item,))[0].__name__)
 
 
 def _method(classes: list[type[Gadget]], values: Values) -> str | None:
@@ -297,15 +311,16 @@ def _build_layers(classes: list[type[Gadget]], layers: list[Layer], sequence: st
             # building after each layer lets an error name the file that it stands in
             if only in ("", sequence) and (gadget.name in layer):
                 values.update(layer[gadget.name])
-                built = _build(gadget, values, f"{where}, gadget {gadget.name}")
-        chain.append(built if built is not None else _build(gadget, values, layers[-1][1]))
+                built = _build(gadget, values, f"{where}, gadget {gadget.name}", sequence)
+        chain.append(built if built is not None else _build(gadget, values, layers[-1][1], sequence))
     return tuple(chain)
 
 
-def _build(gadget: type[Gadget], values: Mapping[str, object], where: str) -> Gadget:
-    """A gadget may make itself from its settings (``build``), where its properties depend on one another."""
-    own: Callable[[Mapping[str, object], str], Gadget] | None = getattr(gadget, "build", None)
-    return settings.build(gadget, values, where) if own is None else own(values, where)
+def _build(gadget: type[Gadget], values: Mapping[str, object], where: str, sequence: str) -> Gadget:
+    """A gadget may make itself from its settings and the sequence (``build``), where its properties depend on
+    one another."""
+    own: Callable[[Mapping[str, object], str, str], Gadget] | None = getattr(gadget, "build", None)
+    return settings.build(gadget, values, where) if own is None else own(values, where, sequence)
 
 
 # -------------------------------------------------------------------------------------------------- streams

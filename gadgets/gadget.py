@@ -10,10 +10,21 @@ from typing import Any, ClassVar
 import ismrmrd
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from quantitron.recon.data import Basis, Encoding, Protocol
+from quantitron.recon.data import (
+    Basis,
+    Encoding,
+    FingerprintDictionary,
+    FingerprintProblem,
+    Problem,
+    Protocol,
+)
 
 logger = logging.getLogger("quantitron")
+
+SliceProblem = Problem | FingerprintProblem
+"""What a solver gets: one slice of a scan of either family."""
 
 
 @dataclass
@@ -34,6 +45,10 @@ class Context:
     """Device that the solver ran on, for provenance; set by reconstruct."""
     basis: Basis | None = None
     """Set before data flow by the basis gadget where the protocol alone determines the basis."""
+    dictionary: FingerprintDictionary | None = None
+    """Set before data flow by the basis gadget for fingerprints."""
+    b1: Tensor | None = None
+    """(s, z, y, x) actual over nominal flip angle; set before data flow by reconstruct where it is given."""
     needs_lines: bool = False
     """Set before data flow by the reconstruct gadget where its solver wants the sampled lines too."""
     noise_known: bool = False
@@ -44,6 +59,12 @@ class Context:
     """What was assumed or is missing, in sentences; logged when added, kept for provenance."""
     failures: list[str] = field(default_factory=list)
     """What went wrong after some results could still be delivered; the chain ends as failed if not empty."""
+
+    def remember_geometry(self, heads: NDArray[np.void], slices: NDArray[np.int64]) -> None:
+        """Keep the header of the first imaging line of each slice; ``heads`` and ``slices`` are (n,)."""
+        for index, row in zip(*np.unique(slices, return_index=True), strict=True):
+            if int(index) not in self.geometry:
+                self.geometry[int(index)] = heads[row : row + 1].copy()[0]
 
     def note(self, sentence: str) -> None:
         """Log an assumption or a shortcoming of the data once and keep it."""

@@ -7,8 +7,8 @@ What real headers do to the schema is in SCANNER.md section 3: units of times ar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from xml.etree import ElementTree
 
 import ismrmrd.xsd as xsd
@@ -17,8 +17,15 @@ from xsdata.formats.dataclass.parsers import XmlParser
 from xsdata.formats.dataclass.parsers.config import ParserConfig
 
 from quantitron.gadgets.errors import ScanError
+from quantitron.gadgets.fingerprint_protocol import fingerprint_protocol
 from quantitron.gadgets.gadget import Context
-from quantitron.gadgets.sequence import contrast_axes, detect_sequence, preparation_parameters
+from quantitron.gadgets.header_values import inversion_efficiency, listed, seconds, single
+from quantitron.gadgets.sequence import (
+    contrast_axes,
+    detect_sequence,
+    preparation_parameters,
+    trajectory_of,
+)
 from quantitron.recon.data import Encoding, Protocol
 
 NAMESPACE = "http://www.ismrm.org/ISMRMRD"
@@ -166,7 +173,7 @@ def encoded_readout(header: xsd.ismrmrdHeader) -> int:
 
 
 def read_encoding(header: xsd.ismrmrdHeader, notes: list[str]) -> Encoding:
-    """Grids of the scan.
+    """Grids of the scan. On a trajectory that is not Cartesian, both are those of the reconSpace.
 
     Args:
         header: the scan's header.
@@ -180,7 +187,11 @@ def read_encoding(header: xsd.ismrmrdHeader, notes: list[str]) -> Encoding:
     if len(header.encoding) > 1:
         notes.append(f"the header has {len(header.encoding)} encodings; the first is reconstructed")
     spaces = {"encodedSpace": header.encoding[0].encodedSpace, "reconSpace": header.encoding[0].reconSpace}
-    for where, space in spaces.items():
+    trajectory = trajectory_of(header)
+    if trajectory != "cartesian":
+        # The trajectory says where samples lie; what the encoded space says then has no meaning.
+        spaces["encodedSpace"] = spaces["reconSpace"]
+    for where, space in reversed(spaces.items()):
         for axis in "zyx":
             points, extent = getattr(space.matrixSize, axis), getattr(space.fieldOfView_mm, axis)
             if not 1 <= points <= LARGEST_MATRIX:
@@ -188,7 +199,8 @@ def read_encoding(header: xsd.ismrmrdHeader, notes: list[str]) -> Encoding:
             if not (math.isfinite(extent) and extent > 0):
                 raise ScanError(f"the header's {where} field of view along {axis} is {extent} mm")
     encoded, recon = spaces["encodedSpace"], spaces["reconSpace"]
-    points_x = round(encoded.matrixSize.x / readout_oversampling(header))
+    oversampling = readout_oversampling(header) if trajectory == "cartesian" else 1.0
+    points_x = round(encoded.matrixSize.x / oversampling)
     field_x = points_x * encoded.fieldOfView_mm.x / encoded.matrixSize.x
     matrix = (encoded.matrixSize.z, encoded.matrixSize.y, points_x)
     field = (encoded.fieldOfView_mm.z, encoded.fieldOfView_mm.y, field_x)
@@ -213,7 +225,7 @@ def read_encoding(header: xsd.ismrmrdHeader, notes: list[str]) -> Encoding:
         delivered_matrix=(delivered[0], delivered[1], delivered[2]),
         slices=counter_length(header, "slice") or 1,
         coils=int(channels),
-        trajectory=header.encoding[0].trajectory.value,
+        trajectory=trajectory,
     )
 
 
@@ -227,7 +239,7 @@ def read_protocol(
 
     Args:
         header: the scan's header.
-        sequence: ``t2ir_gre``, ``vfa_gre`` or ``megre``.
+        sequence: ``t2ir_gre``, ``vfa_gre``, ``megre`` or ``fisp_mrf`` (see ``fingerprint_protocol``).
         axes: counter of each contrast axis.
         phase_sign: +1 or -1.
         notes: sentences on what was assumed are added here.
@@ -238,20 +250,19 @@ def read_protocol(
     parameters = header.sequenceParameters
     if parameters is None or not parameters.TE:
         raise ScanError("the header gives no echo time (sequenceParameters.TE)")
-    echo_time = _seconds(parameters.TE, "TE", 0.3, notes)
-    repetition = _seconds(parameters.TR, "TR", 1.0 if max(parameters.TE) >= 0.3 else 20.0, notes)
+    if sequence == "fisp_mrf":
+        protocol = fingerprint_protocol(header, axes["ti"], counter_length(header, axes["ti"]), notes)
+        return replace(protocol, field_strength=_field_strength(header), phase_sign=phase_sign)
+    echo_time = seconds(parameters.TE, "TE", 0.3, notes)
+    repetition = seconds(parameters.TR, "TR", 1.0 if max(parameters.TE) >= 0.3 else 20.0, notes)
     _match(len(echo_time), counter_length(header, axes.get("te")), "TE", axes.get("te"))
     if min(echo_time) <= 0 or list(echo_time) != sorted(set(echo_time)):
-        raise ScanError(f"the header's echo times are not positive and ascending: {_listed(parameters.TE)}")
+        raise ScanError(f"the header's echo times are not positive and ascending: {listed(parameters.TE)}")
     flip_angle = tuple(math.radians(angle) for angle in parameters.flipAngle_deg)
     if any(not (0 < angle <= math.pi) for angle in flip_angle):
         raise ScanError(
-            f"the header's flip angles are not in 0..180 degrees: {_listed(parameters.flipAngle_deg)}"
+            f"the header's flip angles are not in 0..180 degrees: {listed(parameters.flipAngle_deg)}"
         )
-    system = header.acquisitionSystemInformation
-    field_strength = system.systemFieldStrength_T if system is not None else None
-    if field_strength is None and header.experimentalConditions.H1resonanceFrequency_Hz > 1_000_000:
-        field_strength = header.experimentalConditions.H1resonanceFrequency_Hz / 42.577478518e6
 
     preparation: tuple[float, ...] = ()
     inversion_time: tuple[float, ...] = ()
@@ -262,7 +273,7 @@ def read_protocol(
             raise ScanError("the header gives one echo time; megre needs two or more")
         repetition, flip_angle = repetition[:1], flip_angle[:1]
     else:
-        repetition = (_single(repetition, "TR", sequence),)
+        repetition = (single(repetition, "TR", sequence),)
         if echo_time[-1] >= repetition[0]:
             raise ScanError(
                 f"the last echo time {echo_time[-1] * 1e3:g} ms is not shorter than the TR of "
@@ -273,10 +284,10 @@ def read_protocol(
             raise ScanError(f"the header gives {len(flip_angle)} flip angles; vfa_gre needs two or more")
         _match(len(flip_angle), counter_length(header, axes.get("ti")), "flipAngle_deg", axes.get("ti"))
     if sequence == "t2ir_gre":
-        flip_angle = (_single(flip_angle, "flipAngle_deg", sequence),)
+        flip_angle = (single(flip_angle, "flipAngle_deg", sequence),)
         preparation, efficiency = _preparations(header, notes)
         _match(len(preparation), counter_length(header, axes.get("tau")), "T2PrepDuration", axes.get("tau"))
-        inversion_time = _seconds(parameters.TI, "TI", 0.3 if max(parameters.TE) >= 0.3 else 20.0, notes)
+        inversion_time = seconds(parameters.TI, "TI", 0.3 if max(parameters.TE) >= 0.3 else 20.0, notes)
         counted = counter_length(header, axes.get("ti"))
         excitations = counted if counted is not None else len(inversion_time)
         if excitations < 1:
@@ -297,33 +308,18 @@ def read_protocol(
         inversion_time=inversion_time,
         excitations=excitations,
         inversion_efficiency=efficiency,
-        field_strength=field_strength,
+        field_strength=_field_strength(header),
         phase_sign=phase_sign,
     )
 
 
-def _listed(values: Sequence[float]) -> str:
-    shown = ", ".join(f"{value:g}" for value in values[:8])
-    return shown + (", ..." if len(values) > 8 else "")
-
-
-def _seconds(values: Sequence[float], name: str, smallest: float, notes: list[str]) -> tuple[float, ...]:
-    """Times in s: ms by convention, s where even the longest is below ``smallest`` ms."""
-    if any(not math.isfinite(value) or value < 0 for value in values):
-        raise ScanError(f"the header's {name} holds values that are no time: {_listed(values)}")
-    if values and 0 < max(values) < smallest:
-        notes.append(f"{name} of {_listed(values)} is implausibly short in ms; taken as seconds")
-        return tuple(float(value) for value in values)
-    return tuple(float(value) / 1e3 for value in values)
-
-
-def _single(values: Sequence[float], name: str, sequence: str) -> float:
-    """The one value of a parameter that does not vary within a sequence."""
-    if not values or values[0] <= 0:
-        raise ScanError(f"the header gives no {name}, which {sequence} needs")
-    if any(abs(value - values[0]) > 1e-6 * values[0] for value in values):
-        raise ScanError(f"the header gives several values of {name}; {sequence} has one")
-    return values[0]
+def _field_strength(header: xsd.ismrmrdHeader) -> float | None:
+    """Main field [T], from the resonance frequency where it is not given."""
+    system = header.acquisitionSystemInformation
+    strength = system.systemFieldStrength_T if system is not None else None
+    if strength is None and header.experimentalConditions.H1resonanceFrequency_Hz > 1_000_000:
+        return float(header.experimentalConditions.H1resonanceFrequency_Hz / 42.577478518e6)
+    return None if strength is None else float(strength)
 
 
 def _match(given: int, allowed: int | None, name: str, counter: str | None) -> None:
@@ -345,10 +341,7 @@ def _preparations(header: xsd.ismrmrdHeader, notes: list[str]) -> tuple[tuple[fl
         raise ScanError(
             "the header gives no T2 preparation (user parameter T2PrepDuration_0), which t2ir_gre needs"
         )
-    efficiency = user.get("InversionEfficiency")
-    if efficiency is not None and not 0 <= efficiency <= 1:
-        raise ScanError(f"the header's InversionEfficiency is {efficiency:g}; it must lie in 0..1")
-    return _seconds(durations, "T2PrepDuration", 0.5, notes), efficiency
+    return seconds(durations, "T2PrepDuration", 0.5, notes), inversion_efficiency(user)
 
 
 # --------------------------------------------------------------------------------------------------- reverse
@@ -365,22 +358,28 @@ def make_header(
     last: tuple[int, int] | None = None,
     acceleration: tuple[int, int] = (1, 1),
     calibration: bool = False,
+    interleaves: int = 1,
     relative_receiver_noise_bandwidth: float = 1.0,
     protocol_name: str = "",
     system_model: str = "phantom",
 ) -> xsd.ismrmrdHeader:
-    """Header of a simulated Cartesian scan; ``make_context`` reads the same encoding and protocol back.
+    """Header of a simulated scan; ``make_context`` reads the same encoding and protocol back.
+
+    For a trajectory other than Cartesian both spaces are that of the images, ``kspace_encode_step_1`` is the
+    number of the interleaf and ``kspace_encode_step_2`` the partition.
 
     Args:
         encoding: grids; ``matrix`` without the readout oversampling.
         protocol: in SI units; written in ms and degrees.
-        readout_oversampling: encoded over delivered readout; the encoded matrix is rounded.
+        readout_oversampling: encoded over delivered readout; the encoded matrix is rounded. Cartesian only.
         axes: as the property ``axes`` of accumulate.
         averages: values of the counter ``average``.
         centre: index of k = 0 along (z, y); the middle of the grid where None.
         last: largest index along (z, y); the end of the grid where None (smaller for partial Fourier).
+            Cartesian only along y.
         acceleration: factors along (z, y), informative.
         calibration: whether calibration lines are embedded.
+        interleaves: values of ``kspace_encode_step_1``; only for a trajectory other than Cartesian.
         relative_receiver_noise_bandwidth: 1 for noise lines simulated like the others.
         protocol_name: ``measurementInformation.protocolName``.
         system_model: ``acquisitionSystemInformation.systemModel``.
@@ -389,15 +388,19 @@ def make_header(
     fz, fy, fx = (1e3 * extent for extent in encoding.field_of_view)
     dz, dy, dx = encoding.delivered_matrix
     gz, gy, gx = (1e3 * extent for extent in encoding.delivered_field_of_view)
-    encoded_x = round(nx * readout_oversampling)
+    cartesian = encoding.trajectory == "cartesian"
+    encoded_x = round(nx * readout_oversampling) if cartesian else nx
     counters = contrast_axes(protocol.sequence, axes)
     lengths = dict(zip(("ti", "tau", "te"), protocol.contrast_shape, strict=True))
 
     limits = xsd.encodingLimitsType()
     middle = centre if centre is not None else (nz // 2, ny // 2)
     top = last if last is not None else (nz - 1, ny - 1)
-    limits.kspace_encoding_step_0 = xsd.limitType(minimum=0, maximum=encoded_x - 1, center=encoded_x // 2)
-    limits.kspace_encoding_step_1 = xsd.limitType(minimum=0, maximum=top[1], center=middle[1])
+    if cartesian:
+        limits.kspace_encoding_step_0 = xsd.limitType(minimum=0, maximum=encoded_x - 1, center=encoded_x // 2)
+        limits.kspace_encoding_step_1 = xsd.limitType(minimum=0, maximum=top[1], center=middle[1])
+    else:
+        limits.kspace_encoding_step_1 = xsd.limitType(minimum=0, maximum=interleaves - 1, center=0)
     limits.kspace_encoding_step_2 = xsd.limitType(minimum=0, maximum=top[0], center=middle[0])
     for counter in ("average", "slice", "contrast", "phase", "repetition", "set", "segment"):
         setattr(limits, counter, xsd.limitType(minimum=0, maximum=0, center=0))
@@ -414,6 +417,10 @@ def make_header(
         user.append(
             xsd.userParameterDoubleType(name="InversionEfficiency", value=protocol.inversion_efficiency)
         )
+    user += [
+        xsd.userParameterDoubleType(name=f"RFPhase_{i}", value=round(math.degrees(phase), 9))
+        for i, phase in enumerate(protocol.rf_phase)
+    ]
     field_strength = protocol.field_strength if protocol.field_strength is not None else 3.0
     return xsd.ismrmrdHeader(
         measurementInformation=xsd.measurementInformationType(
@@ -440,7 +447,7 @@ def make_header(
                     fieldOfView_mm=xsd.fieldOfViewMm(x=gx, y=gy, z=gz),
                 ),
                 encodingLimits=limits,
-                trajectory=xsd.trajectoryType.CARTESIAN,
+                trajectory=xsd.trajectoryType(encoding.trajectory),
                 parallelImaging=xsd.parallelImagingType(
                     accelerationFactor=xsd.accelerationFactorType(
                         kspace_encoding_step_1=acceleration[1], kspace_encoding_step_2=acceleration[0]

@@ -87,8 +87,8 @@ class PositionReader:
         """
         counters = block.head["idx"]
         axes = self._context.axes
-        ti, tau, te = (_counter(counters, axes.get(axis)) for axis in ("ti", "tau", "te"))
-        slices = _counter(counters, "slice")
+        ti, tau, te = (counter_values(counters, axes.get(axis)) for axis in ("ti", "tau", "te"))
+        slices = counter_values(counters, "slice")
         kz = self._position(counters, self.partitions, 6)
         ky = self._position(counters, self.lines, 5)
         in_frame = (ti < self._shape[0]) & (tau < self._shape[1]) & (te < self._shape[2])
@@ -105,7 +105,7 @@ class PositionReader:
     def _bounded(
         self, counters: NDArray[np.void], counter: str | None, length: int | None, numbers: Index
     ) -> Index:
-        values = _counter(counters, counter)
+        values = counter_values(counters, counter)
         if length is not None and len(values) and (beyond := values >= length).any():
             row = int(beyond.argmax())
             raise ScanError(
@@ -147,7 +147,7 @@ class PositionReader:
         return values - centre + axis.points // 2
 
 
-def _counter(counters: NDArray[np.void], counter: str | None) -> Index:
+def counter_values(counters: NDArray[np.void], counter: str | None) -> Index:
     """(n,) values of a counter; zeros for an axis that has none."""
     if counter is None:
         return np.zeros(len(counters), dtype=np.int64)

@@ -22,6 +22,7 @@ from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget
 from quantitron.gadgets.header import encoded_readout, phase_encoding
 from quantitron.gadgets.single_thread import single_thread
+from quantitron.recon.data import Encoding
 
 logger = logging.getLogger("quantitron")
 
@@ -183,7 +184,8 @@ class RemoveOversampling(Gadget):
     Lines end in hybrid space (``AcquisitionBlock.hybrid``): unitary centred inverse transform, voxel n/2 at
     the centre. What was not sampled (asymmetric echo, discarded samples) is zero. Reversed lines are turned
     round first and ``center_sample`` then counts as for a forward line; writers that count it from the other
-    end are recognised by the centre of the forward lines. Non-Cartesian readouts pass as they are.
+    end are recognised by the centre of the forward lines. Readouts on another trajectory stay as they are,
+    but for the samples to discard, which go with their positions.
     """
 
     name: ClassVar[str] = "remove_oversampling"
@@ -195,12 +197,47 @@ class RemoveOversampling(Gadget):
             ScanError: if a line has far more samples than the encoded matrix, or none.
         """
         if context.encoding.trajectory != "cartesian":
-            yield from items
+            for block in blocks_of(items):
+                for run in runs(block, of_scan(block, context)):
+                    yield from _without_discarded(run)
             return
         readout = _Readout(encoded_readout(context.header), context.encoding.matrix[2], context)
         for block in blocks_of(items):
             for run in runs(block, of_scan(block, context)):
                 yield readout.transform(run)
+
+
+def _without_discarded(block: AcquisitionBlock) -> Iterator[AcquisitionBlock]:
+    """Cut ``discard_pre`` and ``discard_post`` off readouts and trajectories and mix the channels.
+
+    The block comes in parts of one length.
+    """
+    samples = block.data.shape[2]
+    cuts = np.stack([block.head["discard_pre"], block.head["discard_post"]], axis=1).astype(np.int64)
+    if block.mixing is None and not cuts.any():
+        yield block
+        return
+    edges = [0, *(np.flatnonzero((cuts[1:] != cuts[:-1]).any(axis=1)) + 1).tolist(), len(block)]
+    for start, end in pairwise(edges):
+        pre, post = (int(cut) for cut in cuts[start])
+        if samples - pre - post < 1:
+            raise ScanError(
+                f"acquisition {block.first + start} keeps none of its {samples} samples (discard_pre {pre}, "
+                f"discard_post {post})"
+            )
+        kept = slice(pre, samples - post)
+        head, data = block.head[start:end], block.data[start:end, :, kept]
+        if pre or post:
+            head = head.copy()
+            head["number_of_samples"] = samples - pre - post
+            head["center_sample"] = np.maximum(head["center_sample"].astype(np.int64) - pre, 0)
+            head["discard_pre"] = head["discard_post"] = 0
+        if block.mixing is not None:
+            data = _mix(block.mixing, np.ascontiguousarray(data))
+        trajectory = block.trajectory[start:end, kept]
+        yield replace(
+            block, head=head, data=data, trajectory=trajectory, first=block.first + start, mixing=None
+        )
 
 
 class _Readout:
@@ -378,8 +415,10 @@ class CompressCoils(Gadget):
                 yield self._compress(held, matrix)
 
     def _near_centre(self, block: AcquisitionBlock, context: Context) -> NDArray[np.bool_]:
-        near = np.ones(len(block), dtype=bool)
-        for axis in (0, 1):
+        cartesian = context.encoding.trajectory == "cartesian"
+        near = np.ones(len(block), dtype=bool) if cartesian else _through_centre(block, context.encoding)
+        counted = not cartesian and context.encoding.matrix[0] > 1 and block.trajectory.shape[2] == 2
+        for axis in (0, 1) if cartesian else (0,) if counted else ():
             lines = phase_encoding(context.header, context.encoding, axis, [])
             centre = lines.centre if lines.centre is not None else lines.points // 2
             distance = np.abs(block.head["idx"][lines.counter].astype(np.int64) - centre)
@@ -421,3 +460,19 @@ class CompressCoils(Gadget):
     def _compress(self, block: AcquisitionBlock, matrix: NDArray[np.complex64]) -> AcquisitionBlock:
         self._check(block, matrix.shape[1])
         return replace(block, data=_mix(matrix, block.data))
+
+
+def _through_centre(block: AcquisitionBlock, encoding: Encoding) -> NDArray[np.bool_]:
+    """(n,) whether a readout on a trajectory comes near the k-space centre.
+
+    One whose positions do not fit cycles per voxel is taken to be in cycles per field of view.
+    """
+    dimensions = min(block.trajectory.shape[2], 2 if encoding.matrix[0] == 1 else 3)
+    if not dimensions or not block.trajectory.shape[1]:
+        return np.zeros(len(block), dtype=bool)  # accumulate refuses it
+    matrix = np.array(encoding.matrix[::-1][:dimensions])
+    distance = np.abs(block.trajectory[..., :dimensions]).astype(np.float64)
+    per_voxel = distance.max(axis=(1, 2)) <= 0.501
+    lines = np.where(per_voxel[:, np.newaxis, np.newaxis], distance * matrix, distance)
+    near: NDArray[np.bool_] = (lines <= np.maximum(1, matrix // 32)).all(axis=2).any(axis=1)
+    return near

@@ -17,9 +17,10 @@ from typing import ClassVar
 import torch
 
 from quantitron.gadgets import settings as gadget_settings
+from quantitron.gadgets.b1_map import read_b1_map
 from quantitron.gadgets.errors import ScanError
-from quantitron.gadgets.gadget import Context, Gadget
-from quantitron.recon.data import Encoding, Maps, Problem
+from quantitron.gadgets.gadget import Context, Gadget, SliceProblem
+from quantitron.recon.data import Encoding, Maps
 from quantitron.recon.device import choose_device
 from quantitron.recon.solvers import SOLVERS, Solver, Subspace
 
@@ -28,7 +29,7 @@ logger = logging.getLogger("quantitron")
 
 @dataclass(frozen=True)
 class Reconstruct(Gadget):
-    """Takes one ``Problem`` a slice, yields ``Maps`` of all slices: previews first, the final ones last.
+    """Takes the problem of each slice, yields ``Maps`` of all slices: previews first, the final ones last.
 
     Properties besides its own are the settings of the solver.
     """
@@ -41,21 +42,32 @@ class Reconstruct(Gadget):
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     seed: int = 0
     """Seed of everything random."""
+    b1_map: str = ""
+    """File (.npz or .npy) that holds ``b1``, actual over nominal flip angle; only ``fisp_mrf``."""
     method: Solver = field(default_factory=Subspace)
     """The solver with its settings; made from the other properties, not a property itself."""
 
     @classmethod
-    def build(cls, values: Mapping[str, object], where: str) -> Reconstruct:
+    def build(cls, values: Mapping[str, object], where: str, sequence: str | None = None) -> Reconstruct:
         """Make the gadget and its solver from properties.
 
+        Args:
+            values: property -> string or value.
+            where: what the sentence of an error begins with.
+            sequence: of the scan; it decides where several solvers share a name. None takes the first.
+
         Raises:
-            ScanError: if the solver does not exist, or a property belongs neither to it nor to the gadget.
+            ScanError: if the solver does not exist or is not for this sequence, or a property belongs neither
+                to it nor to the gadget.
         """
         chosen = str(values.get("solver", cls.solver))
-        kinds = {kind.name: kind for kind in SOLVERS}
-        if chosen not in kinds:
-            raise ScanError(f"{where}: there is no solver '{chosen}'; there are {', '.join(kinds)}")
-        kind = kinds[chosen]
+        named = _solvers_named(chosen)
+        if not named:
+            names = dict.fromkeys(kind.name for kind in SOLVERS)
+            raise ScanError(f"{where}: there is no solver '{chosen}'; there are {', '.join(names)}")
+        if sequence is not None and sequence not in cls.sequences_of(values):
+            raise ScanError(_cannot(chosen, sequence, cls.sequences_of(values)))
+        kind = next((one for one in named if sequence in one.sequences), named[0])
         own = {entry.name for entry in fields(cls)} - {"method"}
         settings = {key: value for key, value in values.items() if key not in own}
         allowed = {entry.name for entry in fields(kind)}
@@ -67,18 +79,21 @@ class Reconstruct(Gadget):
             _Own, {key: value for key, value in values.items() if key in own}, where
         ).with_method(method)
 
+    @classmethod
+    def sequences_of(cls, values: Mapping[str, object]) -> tuple[str, ...]:
+        """Sequences that the solver of these properties reconstructs; none where there is no such solver."""
+        named = _solvers_named(str(values.get("solver", cls.solver)))
+        return tuple(dict.fromkeys(sequence for kind in named for sequence in kind.sequences))
+
     def prepare(self, context: Context) -> None:
-        """Refuse what can be refused before data flows: the device, the sequence, the rank, the grid."""
+        """Refuse what can be refused before data flows: device, sequence, rank, grid, B1 map."""
         try:
             choose_device(self.device)
         except ValueError as error:
             raise ScanError(str(error)) from error
         sequence = context.protocol.sequence
         if sequence not in self.method.sequences:
-            raise ScanError(
-                f"solver '{self.solver}' does not reconstruct {sequence}; "
-                f"it does {', '.join(self.method.sequences)}"
-            )
+            raise ScanError(_cannot(self.solver, sequence, self.method.sequences))
         for entry in fields(self.method):
             rank, frames = getattr(self.method, entry.name), context.protocol.frames
             if entry.name.endswith("rank") and isinstance(rank, int) and rank > frames:
@@ -87,10 +102,12 @@ class Reconstruct(Gadget):
             self.method.check(context.encoding, context.protocol)
         except ValueError as error:
             raise ScanError(f"solver '{self.solver}': {error}") from error
+        if self.b1_map:
+            context.b1 = read_b1_map(self.b1_map, context)
         context.needs_lines = context.needs_lines or self.method.needs_lines
         context.seed = self.seed
 
-    def __call__(self, items: Iterable[Problem], context: Context) -> Iterator[Maps]:
+    def __call__(self, items: Iterable[SliceProblem], context: Context) -> Iterator[Maps]:
         """Reconstruct slice by slice; a slice that fails leaves no values and does not stop the others."""
         problems = list(items)
         device = choose_device(self.device)
@@ -134,9 +151,19 @@ class _Own:
     solver: str = Reconstruct.solver
     device: str = Reconstruct.device
     seed: int = Reconstruct.seed
+    b1_map: str = Reconstruct.b1_map
 
     def with_method(self, method: Solver) -> Reconstruct:
-        return Reconstruct(solver=self.solver, device=self.device, seed=self.seed, method=method)
+        return Reconstruct(self.solver, self.device, self.seed, self.b1_map, method)
+
+
+def _solvers_named(name: str) -> list[type[Solver]]:
+    """Several may share a name, each for sequences of its own."""
+    return [kind for kind in SOLVERS if kind.name == name]
+
+
+def _cannot(solver: str, sequence: str, sequences: tuple[str, ...]) -> str:
+    return f"solver '{solver}' does not reconstruct {sequence}; it does {', '.join(sequences)}"
 
 
 def _crop(maps: Maps, encoding: Encoding) -> Maps:

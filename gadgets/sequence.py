@@ -11,15 +11,17 @@ from quantitron.gadgets.errors import ScanError
 SEQUENCE_NAMES = ("t2ir_gre", "vfa_gre", "megre", "fisp_mrf")
 """Sequences that the contract knows."""
 
-SUPPORTED = ("t2ir_gre", "vfa_gre", "megre")
+SUPPORTED = SEQUENCE_NAMES
 """Sequences that this version reconstructs."""
 
 DEFAULT_AXES: dict[str, dict[str, str]] = {
     "t2ir_gre": {"ti": "segment", "tau": "set", "te": "contrast"},
     "vfa_gre": {"ti": "set", "te": "contrast"},
     "megre": {"te": "contrast"},
+    "fisp_mrf": {"ti": "repetition"},
 }
-"""ISMRMRD counter of each contrast axis. The axis ``ti`` of ``vfa_gre`` runs over the flip angles."""
+"""ISMRMRD counter of each contrast axis. The axis ``ti`` of ``vfa_gre`` runs over the flip angles, that of
+``fisp_mrf`` over the time points."""
 
 CONTRAST_COUNTERS = (
     "average",
@@ -44,6 +46,12 @@ def preparation_parameters(header: ismrmrd.xsd.ismrmrdHeader) -> dict[str, float
     }
 
 
+def trajectory_of(header: ismrmrd.xsd.ismrmrdHeader) -> str:
+    """The trajectory as the header names it; Cartesian where it does not."""
+    trajectory = header.encoding[0].trajectory if header.encoding else None
+    return "cartesian" if trajectory is None else str(trajectory.value)
+
+
 def detect_sequence(header: ismrmrd.xsd.ismrmrdHeader, wanted: str = "auto") -> tuple[str, str | None]:
     """Name the sequence by the contract of DESIGN.md.
 
@@ -59,19 +67,18 @@ def detect_sequence(header: ismrmrd.xsd.ismrmrdHeader, wanted: str = "auto") -> 
         The name, and a sentence for the log where the name was guessed from what the header shows.
 
     Raises:
-        ScanError: if nothing identifies the sequence, or it is one that this version does not reconstruct.
+        ScanError: if nothing identifies the sequence, or it does not go with the header's trajectory.
     """
     name, note = _named(header, wanted)
-    trajectory = header.encoding[0].trajectory if header.encoding else None
-    if name == "fisp_mrf":
+    trajectory = trajectory_of(header)
+    if name == "fisp_mrf" and trajectory == "cartesian":
         raise ScanError(
-            "this scan is a fingerprint or non-Cartesian (fisp_mrf), which is not supported in this version; "
-            f"supported sequences are {', '.join(SUPPORTED)}"
+            "fisp_mrf is reconstructed from data on a trajectory (spiral or any other), but the header's "
+            "trajectory is 'cartesian'"
         )
-    if trajectory is not None and trajectory.value != "cartesian":
+    if name != "fisp_mrf" and trajectory != "cartesian":
         raise ScanError(
-            f"the header's trajectory is '{trajectory.value}', but {name} is reconstructed from Cartesian "
-            "data only"
+            f"the header's trajectory is '{trajectory}', but {name} is reconstructed from Cartesian data only"
         )
     return name, note
 
@@ -95,9 +102,9 @@ def _named(header: ismrmrd.xsd.ismrmrdHeader, wanted: str) -> tuple[str, str | N
         for name in SEQUENCE_NAMES:
             if name in spelled:
                 return name, None
-    trajectory = header.encoding[0].trajectory if header.encoding else None
-    if trajectory is not None and trajectory.value != "cartesian":
-        return "fisp_mrf", f"sequence taken as fisp_mrf because the trajectory is '{trajectory.value}'"
+    trajectory = trajectory_of(header)
+    if trajectory != "cartesian":
+        return "fisp_mrf", f"sequence taken as fisp_mrf because the trajectory is '{trajectory}'"
     if "T2PrepDuration_0" in preparation_parameters(header):
         return "t2ir_gre", "sequence taken as t2ir_gre because the header lists T2 preparations"
     if parameters is not None:
@@ -117,7 +124,8 @@ def contrast_axes(sequence: str, override: str = "") -> dict[str, str]:
     Args:
         sequence: a supported sequence.
         override: the XML's ``axes`` property, such as ``"ti=segment,tau=set,te=contrast"``; axes that it does
-            not list keep their default. ``fa`` is accepted for the flip-angle axis of ``vfa_gre``.
+            not list keep their default. ``fa`` is accepted for the flip-angle axis of ``vfa_gre``, ``time``
+            for the time points of ``fisp_mrf``.
 
     Raises:
         ScanError: if an axis or a counter does not exist, or one counter is given to two axes.
@@ -125,7 +133,7 @@ def contrast_axes(sequence: str, override: str = "") -> dict[str, str]:
     axes = dict(DEFAULT_AXES[sequence])
     for part in filter(None, (piece.strip() for piece in override.split(","))):
         axis, equals, counter = (word.strip() for word in part.partition("="))
-        if axis == "fa" and sequence == "vfa_gre":
+        if (axis, sequence) in (("fa", "vfa_gre"), ("time", "fisp_mrf")):
             axis = "ti"
         if not equals or axis not in axes:
             raise ScanError(

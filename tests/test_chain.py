@@ -22,6 +22,7 @@ from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget
 from quantitron.gadgets.wire import Wire
 from quantitron.pipelines import pipeline_names, pipeline_text
+from quantitron.recon.solvers import SOLVERS
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -163,7 +164,10 @@ def test_every_pipeline_is_valid_and_in_gadgetrons_grammar(name):
     assert execute.attrib == {"name": "quantitron.gadgets.chain", "target": "run", "type": "python"}
     inner = root.find("stream/external/configuration")
     assert inner is not None
-    assert set(check_configuration(inner)) == {"t2ir_gre", "vfa_gre", "megre"}
+    solver = next(node.get("value") for node in inner.iter("property") if node.get("name") == "solver")
+    sequences = {one for kind in SOLVERS if kind.name == solver for one in kind.sequences}
+    assert set(check_configuration(inner)) == sequences
+    assert sequences
 
 
 def test_settings_hash_is_in_the_context_and_follows_the_settings():

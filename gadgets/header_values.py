@@ -1,0 +1,53 @@
+"""Numbers of ``sequenceParameters``: checked, and times in seconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from quantitron.gadgets.errors import ScanError
+
+
+def listed(values: Sequence[float]) -> str:
+    """The first eight values, for a sentence."""
+    shown = ", ".join(f"{value:g}" for value in values[:8])
+    return shown + (", ..." if len(values) > 8 else "")
+
+
+def seconds(values: Sequence[float], name: str, smallest: float, notes: list[str]) -> tuple[float, ...]:
+    """Times in s: ms by convention, s where even the longest is below ``smallest`` ms.
+
+    Raises:
+        ScanError: if one is negative or not finite.
+    """
+    if any(not math.isfinite(value) or value < 0 for value in values):
+        raise ScanError(f"the header's {name} holds values that are no time: {listed(values)}")
+    if values and 0 < max(values) < smallest:
+        notes.append(f"{name} of {listed(values)} is implausibly short in ms; taken as seconds")
+        return tuple(float(value) for value in values)
+    return tuple(float(value) / 1e3 for value in values)
+
+
+def single(values: Sequence[float], name: str, sequence: str) -> float:
+    """The one value of a parameter that does not vary within a sequence.
+
+    Raises:
+        ScanError: if there is none, or several.
+    """
+    if not values or values[0] <= 0:
+        raise ScanError(f"the header gives no {name}, which {sequence} needs")
+    if any(abs(value - values[0]) > 1e-6 * values[0] for value in values):
+        raise ScanError(f"the header gives several values of {name}; {sequence} has one")
+    return values[0]
+
+
+def inversion_efficiency(user: Mapping[str, float]) -> float | None:
+    """The user parameter ``InversionEfficiency``, 0..1; None where it is absent.
+
+    Raises:
+        ScanError: if it lies outside.
+    """
+    efficiency = user.get("InversionEfficiency")
+    if efficiency is not None and not 0 <= efficiency <= 1:
+        raise ScanError(f"the header's InversionEfficiency is {efficiency:g}; it must lie in 0..1")
+    return efficiency
