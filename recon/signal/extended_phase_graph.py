@@ -51,6 +51,10 @@ class PulseTrain:
         """Whether the signal is real: all phase steps are 0 or 180 degrees."""
         return all(abs(math.sin(step)) < 1e-9 for step in self.phase_step[1:])
 
+    def opposite(self, pulse: int) -> bool:
+        """Whether a pulse has rather the opposite phase of the one before than the same."""
+        return bool(pulse and self.phase_step) and math.cos(self.phase_step[pulse]) < 0
+
     def orders(self, pulse: int, states: int) -> int:
         """Orders 0 .. orders - 1 that matter while ``pulse`` acts, if ``states`` are kept."""
         return min(states, pulse + 1, self.pulses - pulse)
@@ -95,8 +99,11 @@ def differentiable_signal(
     echo_decay = torch.exp(-train.echo_time / t2)
     samples = []
     for pulse in range(train.pulses):
-        if pulse and train.phase_step:
-            p, m = _turned(p, m, train.phase_step[pulse], train.is_real)
+        if train.is_real:
+            p, m = (-p, -m) if train.opposite(pulse) else (p, m)
+        elif pulse:
+            turn = complex(math.cos(train.phase_step[pulse]), math.sin(train.phase_step[pulse]))
+            p, m = turn.conjugate() * p, turn * m
         half = train.flip_angle[pulse] / 2 * (torch.ones_like(t1) if b1 is None else b1)
         sine, less = torch.sin(2 * half), torch.sin(half).square()  # less = (1 - cos a) / 2
         total = p + m
@@ -115,12 +122,3 @@ def differentiable_signal(
         orders = train.orders(pulse + 1, states)
         p, m, z = p[:orders], m[:orders], z[:orders]
     return torch.stack(samples, dim=-1)
-
-
-def _turned(p: Tensor, m: Tensor, step: float, real: bool) -> tuple[Tensor, Tensor]:
-    """P and M in the frame of a pulse whose phase is ``step`` [rad] further."""
-    if real:
-        sign = math.copysign(1.0, math.cos(step))
-        return sign * p, sign * m
-    turn = complex(math.cos(step), math.sin(step))
-    return turn.conjugate() * p, turn * m

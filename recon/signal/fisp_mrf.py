@@ -1,5 +1,5 @@
-"""Fingerprinting with unbalanced gradients (FISP-MRF; Jiang 2015; METHODS 2.3): inversion, TI, then a train of
-pulses of varying flip angle and repetition time, simulated as an extended phase graph.
+"""Fingerprinting with unbalanced gradients (FISP-MRF; Jiang 2015; METHODS 2.3): inversion, TI, then a train
+of pulses of varying flip angle and repetition time, simulated as an extended phase graph.
 
 A voxel holds every phase of the gradient's dephasing equally. Samples are taken at TE, before it.
 """
@@ -17,6 +17,7 @@ from quantitron.recon.signal.extended_phase_graph import (
     differentiable_signal,
     states_needed,
 )
+from quantitron.recon.signal.phase_graph_in_place import signal_in_place
 
 PARAMETERS = ("t1", "t2")
 """Tissue parameters that the signal depends on."""
@@ -48,8 +49,8 @@ def pulse_train(protocol: Protocol) -> PulseTrain:
         raise ValueError(f"a repetition time of the fingerprint is {min(repetition_time):g} s")
     if not 0 <= protocol.echo_time[0] <= min(repetition_time):
         raise ValueError(
-            f"the echo time of the fingerprint, {protocol.echo_time[0]:g} s, does not lie within its shortest "
-            f"repetition time, {min(repetition_time):g} s"
+            f"the echo time of the fingerprint, {protocol.echo_time[0]:g} s, does not lie within its "
+            f"shortest repetition time, {min(repetition_time):g} s"
         )
     if protocol.inversion_time and protocol.inversion_time[0] < 0:
         raise ValueError(f"the inversion time of the fingerprint is {protocol.inversion_time[0]:g} s")
@@ -88,6 +89,16 @@ def contrast_signal(parameters: Mapping[str, Tensor], protocol: Protocol, b1: Te
     shape = t1.shape
     t1, t2, inversion = (values.reshape(-1) for values in (t1, t2, inversion))
     b1 = rest[0].reshape(-1) if rest else None
-    longest = float(t2.detach().max()) if len(t2) else 0.0
-    states = states_needed(train, longest)
-    return differentiable_signal(t1, t2, b1, inversion, train, states).reshape(*shape, -1)
+    if not _derivative_wanted(given):
+        signal = signal_in_place(t1, t2, b1, inversion, train)
+    else:
+        states = states_needed(train, float(t2.detach().max())) if len(t2) else 1
+        signal = differentiable_signal(t1, t2, b1, inversion, train, states)
+    return signal.reshape(*shape, train.pulses)
+
+
+def _derivative_wanted(tensors: list[Tensor]) -> bool:
+    """Whether anybody will differentiate by one of the tensors, backwards or forwards."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return True
+    return any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
