@@ -76,8 +76,8 @@ def make_schedule(
     Raises:
         ScanError: if the schedule is unknown, the file is none, or a value makes no sense.
     """
-    if points is not None and not 1 <= points <= MOST_POINTS:
-        raise ScanError(f"points is {points}; it must be in 1..{MOST_POINTS}")
+    if points is not None and not 2 <= points <= MOST_POINTS:
+        raise ScanError(f"points is {points}; it must be in 2..{MOST_POINTS}")
     phase: NDArray[np.float64] = np.zeros(0)
     name = str(schedule)
     if name == "jiang":
@@ -192,8 +192,8 @@ def read_schedule(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64],
                 f"schedule '{path}' has no column '{name}'; its first line must name "
                 f"{', '.join(COLUMNS[:2])} and perhaps {COLUMNS[2]}"
             )
-    if not rows:
-        raise ScanError(f"schedule '{path}' holds no time points")
+    if len(rows) < 2:
+        raise ScanError(f"schedule '{path}' holds {len(rows)} time points; a fingerprint needs two or more")
     if len(rows) > MOST_POINTS:
         raise ScanError(
             f"schedule '{path}' has {len(rows)} time points; at most {MOST_POINTS} can be counted"
@@ -214,6 +214,8 @@ def read_schedule(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64],
         return values
 
     flip = np.radians(column("flip_angle_deg", 0.0, 180.0))
+    if not flip.any():
+        raise ScanError(f"schedule '{path}' has no flip angle other than 0")
     repetition = column("tr_ms", 0.1, 60000.0) * 1e-3
     phase = np.radians(column("phase_deg", -1e6, 1e6)) if "phase_deg" in names else np.zeros(0)
     return flip, repetition, phase

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 
 from quantitron.gadgets.acquisition_block import HEADER_DTYPE
 from quantitron.gadgets.errors import ScanError
+from quantitron.gadgets.header import make_header
 from quantitron.gadgets.image_file import TRUTH_GROUP, reason, write_images
 from quantitron.gadgets.image_geometry import axial_header
 from quantitron.phantoms.acquisition_order import TICK, flag, mark_ends
 from quantitron.phantoms.coils import noise_covariance
 from quantitron.phantoms.encode import POINT_SPREADS, PointSpread
-from quantitron.phantoms.fingerprint_header import fingerprint_header
 from quantitron.phantoms.noise import NOISE_SAMPLES, ChannelNoise, noise_headers
 from quantitron.phantoms.raw_file import RawFile
 from quantitron.phantoms.scene import FieldSettings, Scene, make_scene, scan_mask
@@ -170,7 +170,9 @@ def simulate_fingerprint(
     noise = ChannelNoise(covariance, seed)
 
     encoding = Encoding(grid, extent, grid, slices, coils, trajectory="spiral")
-    header = fingerprint_header(encoding, protocol, interleaves, calibration == "separate")
+    header = make_header(encoding, protocol, interleaves=interleaves, relative_receiver_noise_bandwidth=1.0)
+    if calibration == "separate":
+        header.encoding[0].parallelImaging.calibrationMode = ismrmrd.xsd.calibrationModeType.SEPARATE
     trains = [
         Train(
             slice=number,
