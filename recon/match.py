@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantitron.recon.atom_groups import AtomGroups
 from quantitron.recon.data import Basis, Protocol
 from quantitron.recon.refine import Refinement
 from quantitron.recon.signal.dictionary import contrast_dictionary, echo_dictionary
@@ -49,27 +50,7 @@ def best_atom(signals: Tensor, atoms: Tensor, working_set: int = 64_000_000) -> 
     Returns:
         index (voxel,) of the atom with the largest ``|<d, u>| / ||d||``; PD = ``<d, u> / ||d||^2`` (voxel,).
     """
-    norm = torch.linalg.vector_norm(atoms, dim=1)
-    normalised = (atoms / norm[:, None]).to(signals.dtype).conj()  # (a, n)
-    real_atoms = not normalised.is_complex() or not bool(normalised.imag.any())
-    columns = normalised.real.T.contiguous() if real_atoms else normalised.T
-    chunk = max(1, working_set // (16 * len(atoms)))
-    index = torch.empty(len(signals), dtype=torch.int64, device=signals.device)
-    factor = torch.empty(len(signals), dtype=signals.dtype, device=signals.device)
-    for start in range(0, len(signals), chunk):
-        part = slice(start, start + chunk)
-        piece = signals[part]
-        if real_atoms:  # half the arithmetic; and squares, for the modulus of complex numbers is slow
-            size = (piece.real @ columns).square()
-            if piece.is_complex():
-                size += (piece.imag @ columns).square()
-        else:
-            correlation = torch.view_as_real(piece @ columns)  # (chunk, a, 2)
-            size = correlation[..., 0].square() + correlation[..., 1].square()
-        chosen = size.argmax(1)
-        index[part] = chosen
-        factor[part] = (piece * normalised[chosen]).sum(1) / norm[chosen].to(signals.dtype)
-    return index, factor
+    return AtomGroups.consecutive(atoms).best(signals, working_set)
 
 
 def fit(
