@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-3
 """Decay beyond which states are left out. The error of the signal, over its norm, stays below this."""
 
 

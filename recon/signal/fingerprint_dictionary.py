@@ -93,7 +93,7 @@ def fingerprint_dictionary(
         span.add(part, simulate(part))
         if progress is not None:
             progress((start + len(part)) / len(index))
-    coefficients = span.coefficients.unflatten(0, tuple(wanted.shape))  # (b, i, j, q)
+    coefficients = span.coefficients.reshape(*wanted.shape, -1)  # (b, i, j, q)
     nearest = torch.minimum(torch.arange(t2_points), last[:, None])  # (i, j)
     coefficients = coefficients[:, torch.arange(t1_points)[:, None], nearest]
     plausible = axis_t2.float() <= axis_t1.float()[:, None]
@@ -141,7 +141,8 @@ def _leading(rows: Tensor) -> Tensor:
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     left = 1 - values.cumsum(0) / values.sum()
     columns = min(int((left > (ERROR / 30) ** 2).sum()) + 1, len(values))
-    return vectors[:, :columns].to(rows.dtype)
+    leading: Tensor = vectors[:, :columns].to(rows.dtype)
+    return leading
 
 
 def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,7 @@ def contrast_signal(parameters: Mapping[str, Tensor], protocol: Protocol, b1: Te
     if inversion is None:
         inversion = parameters["t1"].new_tensor(1.0 if known is None else known)
     given = [parameters["t1"], parameters["t2"], inversion, *(() if b1 is None else (b1,))]
-    t1, t2, inversion, *rest = torch.broadcast_tensors(*given)
+    t1, t2, inversion, *rest = torch.broadcast_tensors(*given)  # type: ignore[no-untyped-call]
     shape = t1.shape
     t1, t2, inversion = (values.reshape(-1) for values in (t1, t2, inversion))
     b1 = rest[0].reshape(-1) if rest else None
@@ -101,4 +101,5 @@ def _derivative_wanted(tensors: list[Tensor]) -> bool:
     """Whether anybody will differentiate by one of the tensors, backwards or forwards."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return True
-    return any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    unpack = torch.autograd.forward_ad.unpack_dual
+    return any(unpack(tensor).tangent is not None for tensor in tensors)  # type: ignore[no-untyped-call]
