@@ -168,7 +168,7 @@ class TrajectoryScan:
         if trajectory.shape[2] <= self._dimensions:
             return None
         density: NDArray[np.float32] = trajectory[..., self._dimensions]
-        negative: NDArray[np.bool_] = (density < 0).any(axis=1)
+        negative: NDArray[np.bool_] = np.any(density < 0, axis=1)
         if negative.any():
             number = numbers[int(negative.argmax())]
             raise ScanError(
@@ -296,7 +296,8 @@ class TrajectoryScan:
             self._context.note(f"the end of the measurement was not flagged; {amount}")
         if distinct / announced < self._minimum_fraction:
             raise ScanError(f"{amount}, less than the minimum_fraction of {self._minimum_fraction:g}")
-        for index, points in enumerate(self._came.any(axis=2)):
+        time_points: NDArray[np.bool_] = np.any(self._came, axis=2)  # (s, w)
+        for index, points in enumerate(time_points):
             came = int(np.count_nonzero(points))
             where = f" of slice {index}" if slices > 1 else ""
             if not came:
