@@ -121,8 +121,8 @@ def jiang(points: int, seed: int = 0) -> tuple[NDArray[np.float64], NDArray[np.f
     # Each lobe has a stream of its own, so that more time points only add to the schedule.
     flip *= 1 + RIPPLE * _by_lobe(points, [seed, 10], 3.0)
     low, high = JIANG_TR
-    wander = smooth_noise(points, 60.0, [seed, 11]) + 0.5 * smooth_noise(points, 25.0, [seed, 12])
-    repetition = (low + high) / 2 + (high - low) / 2 * np.tanh(1.6 * wander)
+    wander = smooth_noise(points, 100.0, [seed, 11]) + 0.3 * smooth_noise(points, 40.0, [seed, 12])
+    repetition = (low + high) / 2 + (high - low) / 2 * np.tanh(3.5 * wander)
     # To 10 us, the raster of scanners.
     return np.radians(np.clip(flip, 0, max(PEAKS))), np.round(np.clip(repetition, low, high), 5)
 

@@ -22,7 +22,7 @@ from quantitron.recon.signal.models import CONTRAST_SIGNALS
 
 STEP = 0.06
 """Between nodes, of the logarithm of T1 and T2."""
-B1_STEP = 0.02
+B1_STEP = 0.01
 """Between nodes, of B1."""
 FEW = 64
 """Values on an axis up to which they are nodes themselves."""
@@ -43,8 +43,8 @@ class SignalTable:
 def tabulate(scenes: list[Scene], protocol: Protocol) -> list[SignalTable]:
     """Tables of the scenes of a scan; they share their nodes.
 
-    With the steps above the interpolated fingerprints of tissue are within 1e-4 of simulated ones (of the
-    largest value of the train).
+    With the steps above, interpolated trains are within 1e-5 of simulated ones in the root mean square. Only
+    where B1 varies too, fluids are further off: 2e-4 at a T2 of 0.5 s, 2e-3 at 2 s.
 
     Args:
         scenes: with ``t1`` and ``t2``.
