@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import pytest
+import scipy.io
 import torch
 from spirals import scan, spirals
 from torch import Tensor
@@ -67,6 +72,24 @@ def adjoint(kspace: TrajectoryKSpace, phi: Tensor, csm: Tensor, data: list[Tenso
     return result
 
 
+def unequal(kspace: TrajectoryKSpace, lengths: list[int]) -> TrajectoryKSpace:
+    """The first so many samples of each readout."""
+    every = [torch.arange(part) + start for part, start in zip(lengths, starts(kspace), strict=True)]
+    points = torch.cat(every)
+    samples = kspace.samples[:, points]
+    return replace(
+        kspace,
+        samples=samples,
+        trajectory=kspace.trajectory[points],
+        readout_length=torch.tensor(lengths),
+        energy=float(samples.abs().double().square().sum()),
+    )
+
+
+def starts(kspace: TrajectoryKSpace) -> list[int]:
+    return (kspace.readout_length.cumsum(0) - kspace.readout_length).tolist()
+
+
 def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
@@ -85,3 +108,148 @@ def test_equals_the_frames(name: str, complex_basis: bool, dtype: torch.dtype) -
     wide = csm.to(torch.complex128)
     expected = adjoint(kspace, phi, wide, predicted(kspace, phi, wide, u.to(torch.complex128)))
     assert relative(operator(u).to(torch.complex128), expected) < (1e-5 if dtype == torch.complex64 else 1e-9)
+
+
+def plain(
+    weighted: bool = False, complex_basis: bool = False, grid: tuple[int, int, int] = (1, 12, 16)
+) -> tuple[TrajectoryKSpace, Basis, Tensor, Tensor | None]:
+    kspace, basis = scan(spirals(5, 60), grid, 13, 4, 3, complex_basis, torch.complex128)
+    sums = sum_readouts(kspace, basis)
+    weights = torch.rand(len(sums.readout), generator=torch.Generator().manual_seed(2)) if weighted else None
+    return kspace, basis, maps(grid, 4, torch.complex128), weights
+
+
+def direct_operator(kspace: TrajectoryKSpace, phi: Tensor, csm: Tensor, u: Tensor, weights: Tensor) -> Tensor:
+    """A^H W A u with weights (readout, points)."""
+    data = [part * weight for part, weight in zip(predicted(kspace, phi, csm, u), weights, strict=True)]
+    return adjoint(kspace, phi, csm, data)
+
+
+@pytest.mark.parametrize("complex_basis", [False, True])
+def test_data_and_residual_equal_the_frames(complex_basis: bool) -> None:
+    kspace, basis, csm, _ = plain(complex_basis=complex_basis)
+    mixing = torch.randn(3, 2, dtype=torch.complex128, generator=torch.Generator().manual_seed(7))
+    operator = ToeplitzSense(sum_readouts(kspace, basis), csm, mixing)
+    phi = basis.contrast.to(mixing) @ mixing
+    samples = [part for _, part, _ in frames(kspace)]
+    assert relative(operator.adjoint_data(), adjoint(kspace, phi, csm, samples)) < 1e-9
+    u = torch.randn(operator.shape, dtype=torch.complex128, generator=torch.Generator().manual_seed(9))
+    residual = sum(
+        float((a - b).abs().square().sum())
+        for a, b in zip(predicted(kspace, phi, csm, u), samples, strict=True)
+    )
+    assert operator.residual_energy(u) == pytest.approx(residual, rel=1e-9)
+    assert operator.residual_energy(u, operator.adjoint_data()) == pytest.approx(residual, rel=1e-9)
+    assert operator.samples == kspace.samples.numel()
+    assert operator.energy == pytest.approx(kspace.energy)
+
+
+def test_weights_equal_the_frames() -> None:
+    kspace, basis, csm, weights = plain(weighted=True)
+    assert weights is not None
+    sums = sum_readouts(kspace, basis)
+    operator = ToeplitzSense(sums, csm, torch.eye(3), weights=weights)
+    u = torch.randn(operator.shape, dtype=torch.complex128, generator=torch.Generator().manual_seed(9))
+    phi = basis.contrast.to(torch.complex128)
+    of_readouts = weights.double().reshape(5, 60)[kspace.time_point % 5]
+    assert relative(operator(u), direct_operator(kspace, phi, csm, u, of_readouts)) < 1e-9
+    samples = [part * w for (_, part, _), w in zip(frames(kspace), of_readouts, strict=True)]
+    expected = adjoint(kspace, phi, csm, samples)
+    assert relative(operator.adjoint_data(), expected) < 1e-9
+    assert relative(ToeplitzSense(sums, csm, torch.eye(3)).adjoint_data(weights), expected) < 1e-9
+    with pytest.raises(ValueError, match="weighted"):
+        operator.residual_energy(u)
+
+
+def test_readouts_of_unequal_length() -> None:
+    kspace, basis, csm, _ = plain()
+    kspace = unequal(kspace, [60, 50, 60, 40, 60, 60, 50, 31, 40, 60, 60, 50, 60])
+    sums = sum_readouts(kspace, basis)
+    assert sums.count.tolist() == [3, 3, 2, 2, 2, 1]
+    operator = ToeplitzSense(sums, csm, torch.eye(3))
+    u = torch.randn(operator.shape, dtype=torch.complex128, generator=torch.Generator().manual_seed(9))
+    phi = basis.contrast.to(torch.complex128)
+    assert relative(operator(u), adjoint(kspace, phi, csm, predicted(kspace, phi, csm, u))) < 1e-9
+    samples = [part for _, part, _ in frames(kspace)]
+    assert relative(operator.adjoint_data(), adjoint(kspace, phi, csm, samples)) < 1e-9
+
+
+@pytest.mark.parametrize("complex_basis", [False, True])
+def test_is_self_adjoint_and_positive(complex_basis: bool) -> None:
+    kspace, basis, csm, _ = plain(complex_basis=complex_basis, grid=(1, 9, 14))
+    operator = ToeplitzSense(sum_readouts(kspace, basis), csm, torch.eye(3))
+    generator = torch.Generator().manual_seed(4)
+    u, v = (torch.randn(operator.shape, dtype=torch.complex128, generator=generator) for _ in range(2))
+    left, right = (
+        torch.vdot(v.flatten(), operator(u).flatten()),
+        torch.vdot(operator(v).flatten(), u.flatten()),
+    )
+    assert abs(left - right) < 1e-13 * u.norm() * operator(v).norm()
+    assert float(torch.vdot(u.flatten(), operator(u).flatten()).real) > 0
+
+
+def test_other_bases() -> None:
+    kspace, basis, csm, _ = plain()
+    sums = sum_readouts(kspace, basis)
+    generator = torch.Generator().manual_seed(6)
+    narrow = torch.randn(3, 2, dtype=torch.float64, generator=generator)
+    turned = narrow @ torch.randn(2, 2, dtype=torch.float64, generator=generator)
+    operator = ToeplitzSense(sums, csm, narrow)
+    other = operator.in_basis(turned)
+    fresh = ToeplitzSense(sums, csm, turned)
+    u = torch.randn(fresh.shape, dtype=torch.complex128, generator=generator)
+    assert relative(other(u), fresh(u)) < 1e-12
+    assert relative(other.adjoint_data(), fresh.adjoint_data()) < 1e-12
+    assert torch.allclose(other.mean_diagonal(), fresh.mean_diagonal())
+    with pytest.raises(ValueError, match="not made for"):
+        operator.in_basis(torch.eye(3, dtype=torch.float64))
+    wide = ToeplitzSense(sums, csm, torch.eye(3, dtype=torch.float64)).in_basis(turned)
+    assert wide.shape == fresh.shape
+    assert relative(wide(u), fresh(u)) < 1e-12
+
+
+def test_mean_diagonal_is_that_of_the_matrix() -> None:
+    kspace, basis, csm, _ = plain(grid=(1, 5, 6))
+    mixing = torch.randn(3, 3, dtype=torch.complex128, generator=torch.Generator().manual_seed(8))
+    operator = ToeplitzSense(sum_readouts(kspace, basis), csm, mixing)
+    diagonal = torch.zeros(3, dtype=torch.float64)
+    for k in range(3):
+        for voxel in range(30):
+            unit = torch.zeros(operator.shape, dtype=torch.complex128)
+            unit[voxel % 6, k, 0, voxel // 6] = 1
+            diagonal[k] += operator(unit)[voxel % 6, k, 0, voxel // 6].real / 30
+    assert torch.allclose(operator.mean_diagonal(), diagonal)
+
+
+def test_memory_options_do_not_change_the_result() -> None:
+    kspace, basis, csm, _ = plain()
+    sums = sum_readouts(kspace, basis)
+    whole = ToeplitzSense(sums, csm, torch.eye(3))
+    u = torch.randn(whole.shape, dtype=torch.complex128, generator=torch.Generator().manual_seed(9))
+    for working_set in (1, 60_000, 10**9):
+        part = ToeplitzSense(sums, csm, torch.eye(3), working_set=working_set)
+        assert relative(part(u), whole(u)) < 1e-13
+
+
+def test_says_what_is_wrong() -> None:
+    kspace, basis, csm, _ = plain()
+    sums = sum_readouts(kspace, basis)
+    with pytest.raises(ValueError, match="not on the grid"):
+        ToeplitzSense(sums, csm[:-1], torch.eye(3))
+    with pytest.raises(ValueError, match="weights for 300 points"):
+        ToeplitzSense(sums, csm, torch.eye(3), weights=torch.ones(7))
+
+
+def test_measured_spirals() -> None:
+    file = Path(__file__).parents[2] / "shared" / "data" / "usc_vdspiral_48arm.mat"
+    if not file.exists():
+        pytest.skip("the measured spirals are not here")
+    data = scipy.io.loadmat(file)
+    points = torch.from_numpy(np.stack([data["kx_GIRF"], data["ky_GIRF"]], -1)).permute(1, 0, 2)[::8].float()
+    kspace, basis = scan(points.contiguous(), (1, 96, 96), 14, 2, 2)
+    csm = maps((1, 96, 96), 2, torch.complex64)
+    operator = ToeplitzSense(sum_readouts(kspace, basis), csm, torch.eye(2))
+    u = torch.randn(operator.shape, dtype=torch.complex64, generator=torch.Generator().manual_seed(9))
+    phi, wide = basis.contrast.to(torch.complex128), csm.to(torch.complex128)
+    expected = adjoint(kspace, phi, wide, predicted(kspace, phi, wide, u.to(torch.complex128)))
+    assert relative(operator(u).to(torch.complex128), expected) < 1e-5

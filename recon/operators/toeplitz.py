@@ -9,7 +9,7 @@ is exact. Instead of padding images with zeros, the 2n frequencies of each axis 
 the n odd ones: the odd frequencies of an image are the even ones of the image times exp(-pi i r / n), a phase
 that the coil maps take along. So each of the four (2D) or eight (3D) cosets of frequencies is one transform
 of the images' own size, with nothing to pad or crop and little memory. Along an axis whose samples lie on the
-grid (partitions of a stack of spirals) the convolution is cyclic on the grid itself: no odd frequencies there.
+grid (partitions of a stack of spirals) the convolution is cyclic on the grid itself: no odd ones there.
 
 T_ji(-r) = conj(T_ij(r)) makes the spectra Hermitian matrices, real ones for a real basis.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from quantitron.recon.data import TrajectorySums
 from quantitron.recon.operators.linear_operator import LinearOperator
-from quantitron.recon.operators.nonuniform_fourier import NonuniformFourier
+from quantitron.recon.operators.nonuniform_fourier import SINGLE_PRECISION, NonuniformFourier
 
 
 class ToeplitzSense(LinearOperator):
@@ -65,7 +65,9 @@ class ToeplitzSense(LinearOperator):
             )
         self._csm, self._sums, self._weights = csm, sums, weights
         self._dtype = csm.dtype
-        self._fourier = NonuniformFourier(sums.trajectory.to(csm.device), sums.grid)
+        # Far below the noise; the residual is no more than a difference of sums over all samples.
+        tolerance = 1e-12 if self._dtype == torch.complex128 else SINGLE_PRECISION
+        self._fourier = NonuniformFourier(sums.trajectory.to(csm.device), sums.grid, tolerance)
         self._dimensions = sums.trajectory.shape[1]
         self._axes = (-3, -1) if self._dimensions == 2 else (-3, -2, -1)  # of (x, z, y): those transformed
         self._doubled = self._doubled_axes()
@@ -110,7 +112,7 @@ class ToeplitzSense(LinearOperator):
         planes = 1 if self._dimensions == 2 else nz * (1 + double_z)
         grid = (planes, ny * (1 + double_y), nx * (1 + double_x))
         # In double precision: the rounding of positions would be twice that of the images' transform.
-        tolerance = 1e-12 if self._dtype == torch.complex128 else 1e-7
+        tolerance = 1e-12 if self._dtype == torch.complex128 else 1e-6
         device = self._csm.device
         fourier = NonuniformFourier(self._sums.trajectory.to(device), grid, tolerance)
         gram = self._sums.gram.to(device)

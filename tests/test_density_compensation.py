@@ -1,0 +1,98 @@
+"""Density compensation makes the adjoint an inverse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from spirals import spirals
+from torch import Tensor
+
+from quantitron.recon.operators.density_compensation import pipe_menon, voronoi
+from quantitron.recon.operators.nonuniform_fourier import NonuniformFourier
+
+GRID = (1, 32, 24)
+
+
+def cartesian(grid: tuple[int, int, int] = GRID) -> Tensor:
+    _, ny, nx = grid
+    ky, kx = torch.meshgrid(*[(torch.arange(n) - n // 2) / n for n in (ny, nx)], indexing="ij")
+    return torch.stack([kx.flatten(), ky.flatten()], -1)
+
+
+def radial(spokes: int, points: int) -> Tensor:
+    angle = torch.arange(spokes, dtype=torch.float64) * math.pi / spokes
+    radius = (torch.arange(points, dtype=torch.float64) - points // 2) / points
+    line = torch.stack([angle.cos(), angle.sin()], -1)
+    return (radius[None, :, None] * line[:, None]).flatten(0, 1).float()
+
+
+def by_iteration(trajectory: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    return pipe_menon(NonuniformFourier(trajectory, grid))
+
+
+METHODS = [pytest.param(voronoi, id="voronoi"), pytest.param(by_iteration, id="pipe-menon")]
+Method = Callable[[Tensor, tuple[int, int, int]], Tensor]
+
+
+@pytest.mark.parametrize("weights", METHODS)
+def test_cartesian_grid_has_weights_one(weights: Method) -> None:
+    found = weights(cartesian(), GRID)
+    assert found.shape == (32 * 24,)
+    assert found.dtype == torch.float32
+    assert (found - 1).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("weights", METHODS)
+def test_radial_lines_give_a_ramp(weights: Method) -> None:
+    grid, spokes, points = (1, 32, 32), 56, 32
+    trajectory = radial(spokes, points)
+    found = weights(trajectory, grid)
+    radius = trajectory.norm(dim=1)
+    # Each point stands for a piece of ring: radius * angle wide, one sample long.
+    expected = radius * (math.pi / spokes) / points * 32 * 32
+    middle = (radius > 0.1) & (radius < 0.4)
+    assert ((found - expected).norm() / expected.norm()) < 0.12
+    assert ((found - expected)[middle].norm() / expected[middle].norm()) < 0.1
+    # The points at k = 0 share one disc of a quarter of a sample's area times pi.
+    centre = radius < 1e-6
+    assert float(found[centre].sum()) == pytest.approx(math.pi / 4, rel=0.3)
+
+
+@pytest.mark.parametrize("weights", METHODS)
+def test_weighted_adjoint_inverts_a_spiral(weights: Method) -> None:
+    grid = (1, 48, 48)
+    trajectory = spirals(16, 400, turns=4.0, power=1.2).flatten(0, 1)
+    fourier = NonuniformFourier(trajectory, grid)
+    axis = (torch.arange(48) - 24.0) ** 2
+    bump = torch.exp(-(axis[:, None] + axis) / 2 / 2.0**2).to(torch.complex64)[None]
+    back = fourier.adjoint(fourier(bump) * weights(trajectory, grid))
+    assert float(back.abs().max()) == pytest.approx(1, abs=0.03)
+    assert float((back - bump).norm() / bump.norm()) < 0.05
+
+
+def test_repeated_points_share_their_cell() -> None:
+    once = cartesian()
+    found = voronoi(torch.cat([once, once[:100]]), GRID)
+    assert (found[100:768] - 1).abs().max() < 1e-3
+    assert (found[:100] - 0.5).abs().max() < 1e-3
+    assert (found[768:] - 0.5).abs().max() < 1e-3
+
+
+def test_three_dimensions() -> None:
+    grid = (4, 6, 8)
+    axes = [(torch.arange(n) - n // 2) / n for n in grid]
+    kz, ky, kx = torch.meshgrid(*axes, indexing="ij")
+    trajectory = torch.stack([kx.flatten(), ky.flatten(), kz.flatten()], -1)
+    assert (pipe_menon(NonuniformFourier(trajectory, grid)) - 1).abs().max() < 1e-3
+
+
+def test_says_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match=r"\(n, 2\)"):
+        voronoi(torch.zeros(5, 3), GRID)
+    with pytest.raises(ValueError, match="on a line"):
+        voronoi(torch.linspace(-0.5, 0.5, 20)[:, None] * torch.tensor([1.0, 0.5]), GRID)
+    with pytest.raises(ValueError, match="at least one iteration"):
+        pipe_menon(NonuniformFourier(cartesian(), GRID), 0)
