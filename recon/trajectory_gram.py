@@ -84,7 +84,7 @@ def _groups(trajectory: Tensor, starts: list[int], ends: list[int]) -> list[list
     points = trajectory.detach().cpu().contiguous().numpy()
     for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
         # 16 bytes of a cryptographic hash: two trajectories never share one.
-        key = blake2b(points[start:end], digest_size=16).digest()
+        key = blake2b(points[start:end].tobytes(), digest_size=16).digest()
         found.setdefault(key, []).append(number)
     return list(found.values())
 

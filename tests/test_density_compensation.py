@@ -10,7 +10,7 @@ import torch
 from spirals import spirals
 from torch import Tensor
 
-from quantitron.recon.operators.density_compensation import pipe_menon, voronoi
+from quantitron.recon.operators.density_compensation import density_weights, pipe_menon, voronoi
 from quantitron.recon.operators.nonuniform_fourier import NonuniformFourier
 
 GRID = (1, 32, 24)
@@ -87,6 +87,14 @@ def test_three_dimensions() -> None:
     kz, ky, kx = torch.meshgrid(*axes, indexing="ij")
     trajectory = torch.stack([kx.flatten(), ky.flatten(), kz.flatten()], -1)
     assert (pipe_menon(NonuniformFourier(trajectory, grid)) - 1).abs().max() < 1e-3
+
+
+def test_weights_by_name() -> None:
+    trajectory = cartesian()
+    assert torch.equal(density_weights(trajectory, GRID), by_iteration(trajectory, GRID))
+    assert torch.equal(density_weights(trajectory, GRID, "voronoi"), voronoi(trajectory, GRID))
+    with pytest.raises(ValueError, match="'hamming' is none of pipe, voronoi"):
+        density_weights(trajectory, GRID, "hamming")
 
 
 def test_says_what_is_wrong() -> None:

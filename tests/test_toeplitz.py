@@ -12,7 +12,7 @@ import torch
 from spirals import scan, spirals
 from torch import Tensor
 
-from quantitron.recon.data import TrajectoryKSpace
+from quantitron.recon.data import Basis, TrajectoryKSpace
 from quantitron.recon.operators.nonuniform_fourier import NonuniformFourier
 from quantitron.recon.operators.toeplitz import ToeplitzSense
 from quantitron.recon.trajectory_gram import sum_readouts
@@ -238,6 +238,8 @@ def test_says_what_is_wrong() -> None:
         ToeplitzSense(sums, csm[:-1], torch.eye(3))
     with pytest.raises(ValueError, match="weights for 300 points"):
         ToeplitzSense(sums, csm, torch.eye(3), weights=torch.ones(7))
+    with pytest.raises(ValueError, match="two columns"):
+        ToeplitzSense(replace(sums, grid=(2, 12, 16)), csm.expand(-1, -1, 2, -1), torch.eye(3))
 
 
 def test_measured_spirals() -> None:

@@ -22,6 +22,24 @@ SAME_POINT = 1e-6
 """Distance [cycles per voxel] below which two points are one."""
 
 
+def density_weights(trajectory: Tensor, grid: tuple[int, int, int], method: str = "pipe") -> Tensor:
+    """Weights (n,) float32 of the points (n, d) of the distinct readouts.
+
+    Args:
+        trajectory: in cycles per voxel, columns x, y[, z].
+        grid: (z, y, x) of the images.
+        method: ``pipe`` for ``pipe_menon``, ``voronoi`` for ``voronoi``.
+
+    Raises:
+        ValueError: if there is no such method, or it cannot work with this trajectory.
+    """
+    if method == "pipe":
+        return pipe_menon(NonuniformFourier(trajectory, grid))
+    if method == "voronoi":
+        return voronoi(trajectory, grid)
+    raise ValueError(f"density compensation '{method}' is none of pipe, voronoi")
+
+
 def pipe_menon(fourier: NonuniformFourier, iterations: int = 10) -> Tensor:
     """Weights whose density, seen through a kernel as wide as a Cartesian sample, is 1 (Pipe, Menon 1999).
 

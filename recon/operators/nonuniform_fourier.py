@@ -93,7 +93,8 @@ class NonuniformFourier(LinearOperator):
         """Type 1 (adjoint) or 2 (forward), no gradients."""
         points = len(self._trajectory)
         if kind == 2:
-            expected, length = self._grid, math.prod(self._modes)
+            expected: tuple[int, ...] = self._grid
+            length = math.prod(self._modes)
             lead = values.shape[:-3] + self._planes
         else:
             expected, length = (*self._planes, points), points

@@ -52,22 +52,23 @@ class ToeplitzSense(LinearOperator):
             weights: (n,) of a data term sum_n w_n |s_n - (A u)_n|^2; 1 where absent.
 
         Raises:
-            ValueError: if the coil maps are not on the grid of the sums, or the weights not one a point.
+            ValueError: if the coil maps are not on the grid of the sums, the weights not one a point, or the trajectory
+                of two columns for images of several partitions.
         """
         nz, ny, nx = sums.grid
         if (csm.shape[0], *csm.shape[2:]) != (nx, nz, ny):
             raise ValueError(
                 f"coil maps {tuple(csm.shape)} (x, c, z, y) are not on the grid {sums.grid} (z, y, x)"
             )
+        if sums.trajectory.shape[1] == 2 and nz > 1:
+            raise ValueError(f"trajectories of two columns tell {nz} partitions not apart")
         if weights is not None and weights.shape != sums.readout.shape:
             raise ValueError(
                 f"{tuple(weights.shape)} weights for {len(sums.readout)} points of the trajectory"
             )
         self._csm, self._sums, self._weights = csm, sums, weights
         self._dtype = csm.dtype
-        # Far below the noise; the residual is no more than a difference of sums over all samples.
-        tolerance = 1e-12 if self._dtype == torch.complex128 else SINGLE_PRECISION
-        self._fourier = NonuniformFourier(sums.trajectory.to(csm.device), sums.grid, tolerance)
+        self._fourier = _fourier(sums, csm)
         self._dimensions = sums.trajectory.shape[1]
         self._axes = (-3, -1) if self._dimensions == 2 else (-3, -2, -1)  # of (x, z, y): those transformed
         self._doubled = self._doubled_axes()
@@ -129,10 +130,8 @@ class ToeplitzSense(LinearOperator):
         # A real spectrum stands there twice, for real and imaginary part of what it multiplies: four times as
         # fast as repeating it on the way.
         dtype = self._csm.real.dtype if real else self._dtype
-        shape = (rank, *shape, 2) if real else (rank, *shape)
-        spectra = [
-            [torch.empty(shape, dtype=dtype, device=device) for _ in range(rank)] for _ in self._cosets
-        ]
+        full = (rank, *shape, 2) if real else (rank, *shape)
+        spectra = [[torch.empty(full, dtype=dtype, device=device) for _ in range(rank)] for _ in self._cosets]
         centre = gram.new_empty(rank, rank)
         pairs = [(i, j) for i in range(rank) for j in range(i, rank)]
         together = 2 if real else 1  # two real spectra are real and imaginary part of one transform
@@ -218,7 +217,7 @@ class ToeplitzSense(LinearOperator):
         # All arrays of a step are written over in the next: they stay in the cache.
         buffers = images.new_empty(2, min(self._batch, self._csm.shape[1]), *images.shape)
         for maps, kernels in zip(self._maps, self._kernels, strict=True):
-            for part in maps.split(self._batch):  # (c, x, z, y)
+            for part in torch.split(maps, self._batch):  # (c, x, z, y)
                 here, there = buffers[:, : len(part)]  # (c, r, x, z, y)
                 torch.mul(part[:, None], images, out=here)
                 torch.fft.fftn(here, dim=self._axes, out=there)
@@ -235,17 +234,10 @@ class ToeplitzSense(LinearOperator):
 
     def adjoint_data(self, weights: Tensor | None = None) -> Tensor:
         """A^H W s: (x, k, z, y), with weights (n,), those of the data term if none come."""
-        weights = self._weights if weights is None else weights
-        mixing = (self._span.to(self._mixing) @ self._mixing).mH  # (k, l)
-        result = self._csm.new_zeros(self.shape)
-        for coil in range(self._csm.shape[1]):
-            data = self._sums.projected[:, coil].to(mixing)  # (l, n)
-            data = mixing @ data
-            if weights is not None:
-                data = data * weights.to(data.real)
-            images = self._fourier.adjoint(data)  # (k, z, y, x)
-            result += images.permute(3, 0, 1, 2) * self._csm[:, coil, None].conj()
-        return result
+        mixing = self._span.to(self._mixing) @ self._mixing  # (l, k)
+        return adjoint_images(
+            self._sums, self._csm, mixing, self._weights if weights is None else weights, self._fourier
+        )
 
     def residual_energy(self, coefficients: Tensor, adjoint_data: Tensor | None = None) -> float:
         """||s - A U||^2 with its constant, from two inner products.
@@ -266,6 +258,46 @@ class ToeplitzSense(LinearOperator):
         quadratic = torch.vdot(image.flatten(), self.forward(coefficients).to(image).flatten()).real
         linear = torch.vdot(image.flatten(), adjoint_data.to(image).flatten()).real
         return float(quadratic - 2 * linear) + self.energy
+
+
+def adjoint_images(
+    sums: TrajectorySums,
+    csm: Tensor,
+    mixing: Tensor,
+    weights: Tensor | None = None,
+    fourier: NonuniformFourier | None = None,
+) -> Tensor:
+    """A^H W s, for which no kernels are needed: with density weights the images of ``svdmrf``.
+
+    Args:
+        sums: of one slice.
+        csm: (x, c, z, y) coil sensitivity maps.
+        mixing: (l, k): ``Phi[w, k] = sum_l Psi[w, l] mixing[l, k]``.
+        weights: (n,); 1 where absent.
+        fourier: transform onto the points of the sums, where one is at hand.
+
+    Returns:
+        (x, k, z, y).
+    """
+    if fourier is None:
+        fourier = _fourier(sums, csm)
+    mixing = mixing.to(csm)
+    nx, coils, nz, ny = csm.shape
+    result = csm.new_zeros(nx, mixing.shape[1], nz, ny)
+    for coil in range(coils):
+        data = mixing.mH @ sums.projected[:, coil].to(csm)  # (k, n)
+        if weights is not None:
+            data = data * weights.to(csm.real)
+        images = fourier.adjoint(data)  # (k, z, y, x)
+        result.addcmul_(images.permute(3, 0, 1, 2), csm[:, coil, None].conj())
+    return result
+
+
+def _fourier(sums: TrajectorySums, csm: Tensor) -> NonuniformFourier:
+    """Transform onto the points of the sums."""
+    # Far below the noise; the residual is no more than a difference of sums over all samples.
+    tolerance = 1e-12 if csm.dtype == torch.complex128 else SINGLE_PRECISION
+    return NonuniformFourier(sums.trajectory.to(csm.device), sums.grid, tolerance)
 
 
 def _mix(kernels: list[Tensor], spectrum: Tensor, out: Tensor) -> None:
