@@ -6,6 +6,7 @@ A voxel holds every phase of the gradient's dephasing equally. Samples are taken
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -45,15 +46,18 @@ def pulse_train(protocol: Protocol) -> PulseTrain:
         raise ValueError(f"a fingerprint has one echo time, not {len(protocol.echo_time)}")
     if len(protocol.inversion_time) > 1:
         raise ValueError(f"a fingerprint has one inversion time, not {len(protocol.inversion_time)}")
-    if min(repetition_time) <= 0:
-        raise ValueError(f"a repetition time of the fingerprint is {min(repetition_time):g} s")
+    for time in repetition_time:
+        if not 0 < time < math.inf:
+            raise ValueError(f"a repetition time of the fingerprint is {time:g} s")
     if not 0 <= protocol.echo_time[0] <= min(repetition_time):
         raise ValueError(
             f"the echo time of the fingerprint, {protocol.echo_time[0]:g} s, does not lie within its "
             f"shortest repetition time, {min(repetition_time):g} s"
         )
-    if protocol.inversion_time and protocol.inversion_time[0] < 0:
+    if protocol.inversion_time and not 0 <= protocol.inversion_time[0] < math.inf:
         raise ValueError(f"the inversion time of the fingerprint is {protocol.inversion_time[0]:g} s")
+    if not all(map(math.isfinite, (*protocol.flip_angle, *phase))):
+        raise ValueError("a flip angle or RF phase of the fingerprint is not a number")
     steps = tuple(after - before for before, after in zip((0.0, *phase), phase, strict=False))
     return PulseTrain(
         protocol.flip_angle,
