@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from quantitron.gadgets.dictionary_cache import cached_dictionary
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget, SliceProblem
 from quantitron.recon.data import (
@@ -22,6 +25,8 @@ from quantitron.recon.data import (
 )
 from quantitron.recon.gram import reduce_kspace
 from quantitron.recon.temporal_basis import centre_basis, dictionary_basis, measured_basis
+
+logger = logging.getLogger("quantitron")
 
 DICTIONARY_GRID = ("t1_range", "t2_range", "t1_points", "t2_points", "b1_range", "b1_points")
 """Properties that set the grid of a fingerprint dictionary."""
@@ -92,8 +97,6 @@ class BasisGadget(Gadget):
 
     def _simulate(self, context: Context, rank: int | float) -> None:
         """The dictionary of a fingerprint, and its leading columns."""
-        from quantitron.gadgets.dictionary_cache import cached_dictionary
-
         if self.source not in ("auto", "dictionary"):
             raise ScanError(
                 f"basis: source is '{self.source}', but fingerprints are matched in the basis of their "
@@ -113,7 +116,7 @@ class BasisGadget(Gadget):
         elif self.b1_points is not None:
             raise ScanError("basis: property 'b1_points' needs 'b1_range' beside it")
         try:
-            context.dictionary = cached_dictionary(context.protocol, **grid)
+            context.dictionary = cached_dictionary(context.protocol, **grid, progress=_log_progress())
             context.basis = context.dictionary.basis(rank)
         except ValueError as error:
             raise ScanError(f"basis: {error}") from error
@@ -164,6 +167,20 @@ class BasisGadget(Gadget):
             return measured_basis(scan.navigator, context.protocol.contrasts, rank)
         except ValueError as error:
             raise ScanError(f"basis: {error}") from error
+
+
+def _log_progress() -> Callable[[float], None]:
+    """Progress of a simulation in the log, no more than every other second."""
+    last = time.monotonic()
+
+    def progress(share: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > 2:
+            last = now
+            logger.info("%3.0f %% of the dictionary simulated", 100 * share)
+
+    return progress
 
 
 def _fingerprints(scan: ScanData, kspace: TrajectoryKSpace, context: Context) -> Iterator[FingerprintProblem]:
