@@ -82,6 +82,7 @@ class FingerprintRefinement:
         b1: Tensor | None = None,
         iterations: int = 30,
         noise_variance: Tensor | float | None = None,
+        chunk: int = 16384,
     ) -> RefinedFingerprints:
         """Refine until every voxel has arrived, at most ``iterations`` steps.
 
@@ -92,7 +93,31 @@ class FingerprintRefinement:
             b1: (v,) actual over nominal flip angle; values off the grid are taken at its end. None: 1.
             iterations: steps at most.
             noise_variance: E|n|^2 of each coefficient, (v,) or one value; None: from the residual of the fit.
+            chunk: voxels worked on together; bounds memory, changes no result.
         """
+        if noise_variance is not None:
+            noise_variance = torch.as_tensor(noise_variance, device=measured.device).expand(len(measured))
+        parts = []
+        for first in range(0, max(len(measured), 1), chunk):
+            part = slice(first, first + chunk)
+            field, noise = (None if each is None else each[part] for each in (b1, noise_variance))
+            parts.append(self._run(measured[part], t1[part], t2[part], field, iterations, noise))
+        t1, t2, pd, cost = (
+            torch.cat([getattr(p, name) for p in parts]) for name in ("t1", "t2", "pd", "cost")
+        )
+        names = parts[0].standard_deviation
+        deviation = {name: torch.cat([p.standard_deviation[name] for p in parts]) for name in names}
+        return RefinedFingerprints(t1, t2, pd, cost, deviation)
+
+    def _run(
+        self,
+        measured: Tensor,
+        t1: Tensor,
+        t2: Tensor,
+        b1: Tensor | None,
+        iterations: int,
+        noise_variance: Tensor | None,
+    ) -> RefinedFingerprints:
         signal = measured.T.contiguous()  # (l, v)
         real = signal.real.dtype
         data = {"signal": signal}
@@ -109,8 +134,7 @@ class FingerprintRefinement:
             # PD and two times take four of the 2 l real numbers.
             noise = state.cost / max(2 * len(signal) - 4, 1)  # of the real and of the imaginary part
         else:
-            noise = torch.as_tensor(noise_variance, dtype=real, device=signal.device) / 2
-            noise = noise.expand_as(state.cost)
+            noise = noise_variance.to(real) / 2
         return RefinedFingerprints(
             state.theta[0].exp(), state.theta[1].exp(), state.pd, state.cost, _deviation(state, noise)
         )

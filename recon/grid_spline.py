@@ -53,20 +53,20 @@ class GridSpline:
         """
         first_i, weight_i, slope_i = _taps(i, self._points[1])
         first_j, weight_j, slope_j = _taps(j, self._points[2])
-        voxels, (_, taps_i, taps_j) = len(i), self._taps
-        row = first_i[:, None] + torch.arange(taps_i, device=i.device)  # (v, taps_i)
+        block = (len(i), self._taps[1], self._taps[2], self._control.shape[-1])
+        row = first_i[:, None] + torch.arange(block[1], device=i.device)  # (v, taps)
         if b is None:
-            parts = self._rows[row, first_j[:, None]].view(voxels, taps_i, taps_j, -1)
+            parts = self._rows[row, first_j[:, None]].view(block)
         else:
             first_b, weight_b, _ = _taps(b, self._points[0])
-            parts = self._rows.new_zeros(voxels, taps_i, taps_j, self._control.shape[-1])
+            parts = self._rows.new_zeros(block)
             for tap in range(self._taps[0]):
                 rows = row + (first_b[:, None] + tap) * self._control.shape[1]
-                found = self._rows[rows, first_j[:, None]].view(parts.shape)
+                found = self._rows[rows, first_j[:, None]].view(block)
                 parts.addcmul_(found, weight_b[:, tap, None, None, None])
-        along_j = torch.stack([weight_j, slope_j], 1)[:, None]  # (v, 1, 2, taps_j)
-        lines = along_j @ parts  # (v, taps_i, 2, width)
-        value, by_j = (weight_i[:, None] @ lines.flatten(2)).view(voxels, 2, -1).unbind(1)
+        along_j = torch.stack([weight_j, slope_j], 1)[:, None]  # (v, 1, 2, taps)
+        lines = along_j @ parts  # (v, taps, 2, width)
+        value, by_j = (weight_i[:, None] @ lines.flatten(2)).view(-1, 2, block[3]).unbind(1)
         by_i = (slope_i[:, None] @ lines[:, :, 0])[:, 0]
         return self._columns(value), self._columns(by_i), self._columns(by_j)
 

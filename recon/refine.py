@@ -6,20 +6,19 @@ PD is eliminated in closed form (variable projection, Golub and Pereyra 1973). B
 is a product, every inner product that the steps need is one over the echoes times one over the basis; the
 derivatives of the two factors are orthogonal to each other once PD is projected out, and so are those of T2*
 and of the off-resonance: the normal equations fall apart into one small block for the contrast and two
-numbers. Voxels that have arrived are set aside, and the work goes on with the others.
-
-All arrays have the voxels last: each operation runs over them.
+numbers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from quantitron.recon.algorithms.levenberg_marquardt import VoxelState, levenberg_marquardt
 from quantitron.recon.data import Protocol
 from quantitron.recon.signal.dictionary import PARAMETER_RANGE
 from quantitron.recon.signal.models import CONTRAST_PARAMETERS
@@ -34,29 +33,14 @@ ARRIVED = 3e-5
 
 
 @dataclass
-class _State:
-    """Where each voxel stands. All arrays end in (v,)."""
-
-    theta: Tensor
-    """(p, v) fitted parameters, times as logarithms."""
+class _State(VoxelState):
     pd: Tensor
-    cost: Tensor
-    """Squared residual."""
     gradient: Tensor
     """(p, v) J^T r, along which the cost falls."""
     contrast_normal: Tensor
     """(c, c, v) J^T J of the contrast parameters."""
     echo_normal: Tensor
     """(p - c, v) the same of T2* and the off-resonance, where it is diagonal."""
-
-    def where(self, chosen: Tensor) -> _State:
-        """The voxels at which ``chosen`` (v,) holds, or that it lists."""
-        return _State(*(getattr(self, part.name)[..., chosen] for part in fields(self)))
-
-    def put(self, places: Tensor, other: _State) -> None:
-        """Write the voxels of ``other`` at ``places``."""
-        for part in fields(self):
-            getattr(self, part.name)[..., places] = getattr(other, part.name)
 
 
 @dataclass(frozen=True)
@@ -106,33 +90,14 @@ class Refinement:
         theta = torch.stack(begin) if begin else signal.real.new_zeros(0, signal.shape[2])
         low, high, arrived = (column[:, None] for column in self._limits(theta).unbind(1))
         theta = theta.clamp(low, high)
-        final = self._evaluate(theta, fixed, signal)
-        # From here on ``state`` and all else holds the voxels in ``active`` only.
-        active = torch.arange(signal.shape[2], device=signal.device)
-        state, damping = final.where(active), torch.full_like(final.cost, 1e-2)
-        for _ in range(iterations if self._free else 0):
-            trial_theta = (state.theta + self._step(state, damping, low, high)).clamp(low, high)
-            trial = self._evaluate(trial_theta, fixed, signal)
-            # Near the end a step changes the cost by less than its rounding, and is right all the same.
-            better = trial.cost < state.cost * (1 + 4 * torch.finfo(state.cost.dtype).eps)
-            size = ((trial.theta - state.theta).abs() / arrived).amax(0)
-            for part in fields(state):
-                old, new = getattr(state, part.name), getattr(trial, part.name)
-                setattr(state, part.name, torch.where(better, new, old))
-            damping = torch.where(better, damping / 5, damping * 5).clamp(1e-7, 1e7)
-            # A small step at strong damping says nothing, unless even that brought nothing.
-            going = (size >= 1) | (better & (damping > 1)) & (size > 0)
-            going &= state.cost.isfinite()
-            left = int(going.sum())
-            if left < 0.8 * len(active):
-                final.put(active, state)
-                keep = going.nonzero()[:, 0]
-                active, state, damping = active[keep], state.where(keep), damping[keep]
-                signal = signal[:, :, keep]
-                fixed = {name: values[keep] for name, values in fixed.items()}
-            if not left:
-                break
-        final.put(active, state)
+        final = levenberg_marquardt(
+            self._evaluate,
+            lambda state, damping: (state.theta + self._step(state, damping, low, high)).clamp(low, high),
+            theta,
+            {**fixed, "signal": signal},
+            arrived,
+            iterations if self._free else 0,
+        )
         return self._outcome(final, start, measured.shape[1] * measured.shape[2])
 
     def _limits(self, theta: Tensor) -> Tensor:
@@ -148,10 +113,10 @@ class Refinement:
         rows = zip(self._free, theta, strict=True)
         return {name: row.exp() if name in LOGARITHMIC else row for name, row in rows}
 
-    def _evaluate(self, theta: Tensor, fixed: Mapping[str, Tensor], signal: Tensor) -> _State:
-        """PD, cost and normal equations at ``theta`` (p, v) for V (e, l, v)."""
-        protocol = self._protocol
-        values = {**fixed, **self._values(theta)}
+    def _evaluate(self, theta: Tensor, data: Mapping[str, Tensor]) -> _State:
+        """PD, cost and normal equations at ``theta`` (p, v) for ``data``: V (e, l, v), and what is given."""
+        protocol, signal = self._protocol, data["signal"]
+        values = {name: row for name, row in data.items() if name != "signal"} | self._values(theta)
         p, slopes = projected_signal(values, protocol, self._psi)  # (l, v)
         time = torch.tensor(protocol.echo_time, dtype=theta.dtype, device=theta.device)
         g = echo_signal(values["t2star"], values["b0"], time, protocol.phase_sign).T  # (e, v)
@@ -194,8 +159,8 @@ class Refinement:
         empty = theta[:0]
         return _State(
             theta,
-            pd,
             cost,
+            pd,
             torch.stack(gradient) if gradient else empty,
             normal,
             torch.stack(echo_normal) if echo_normal else empty,

@@ -156,7 +156,7 @@ def test_normal_equations_are_those_of_the_residual_with_pd_refitted(sequence):
             for n, log in zip(names, logarithmic, strict=True)
         ]
     )
-    state = Refinement(protocol, psi, frozenset())._evaluate(theta, {}, measured)
+    state = Refinement(protocol, psi, frozenset())._evaluate(theta, {"signal": measured})
 
     def model(theta):
         values = {n: row.exp() if log else row for n, row, log in zip(names, theta, logarithmic, strict=True)}
