@@ -52,8 +52,8 @@ class ToeplitzSense(LinearOperator):
             weights: (n,) of a data term sum_n w_n |s_n - (A u)_n|^2; 1 where absent.
 
         Raises:
-            ValueError: if the coil maps are not on the grid of the sums, the weights not one a point, or the trajectory
-                of two columns for images of several partitions.
+            ValueError: if the coil maps are not on the grid of the sums, the weights not one a point, or the
+                trajectory of two columns for images of several partitions.
         """
         nz, ny, nx = sums.grid
         if (csm.shape[0], *csm.shape[2:]) != (nx, nz, ny):
@@ -110,8 +110,7 @@ class ToeplitzSense(LinearOperator):
         """Spectra [coset][j] of pairs (i, j), (i, x, z, y), or (i, x, z, y, 2) if real; and T(0), (r, r)."""
         nz, ny, nx = self._sums.grid
         double_x, double_z, double_y = self._doubled
-        planes = 1 if self._dimensions == 2 else nz * (1 + double_z)
-        grid = (planes, ny * (1 + double_y), nx * (1 + double_x))
+        grid = (nz * (1 + double_z), ny * (1 + double_y), nx * (1 + double_x))
         # In double precision: the rounding of positions would be twice that of the images' transform.
         tolerance = 1e-12 if self._dtype == torch.complex128 else 1e-6
         device = self._csm.device
@@ -122,15 +121,13 @@ class ToeplitzSense(LinearOperator):
         points = self._sums.readout.to(device)
         weights = 1.0 if self._weights is None else self._weights.to(device, torch.float64)
         # Unitary factor of the doubled grid taken off, that of the images put on twice.
-        voxels = nx * ny * (1 if self._dimensions == 2 else nz)
-        scale = math.sqrt(math.prod(grid)) / voxels
+        scale = math.sqrt(math.prod(grid)) / math.prod(self._sums.grid)
 
         rank = gram.shape[1]
-        shape = (nx, 1 if self._dimensions == 2 else nz, ny)
         # A real spectrum stands there twice, for real and imaginary part of what it multiplies: four times as
         # fast as repeating it on the way.
         dtype = self._csm.real.dtype if real else self._dtype
-        full = (rank, *shape, 2) if real else (rank, *shape)
+        full = (rank, nx, nz, ny, 2) if real else (rank, nx, nz, ny)
         spectra = [[torch.empty(full, dtype=dtype, device=device) for _ in range(rank)] for _ in self._cosets]
         centre = gram.new_empty(rank, rank)
         pairs = [(i, j) for i in range(rank) for j in range(i, rank)]

@@ -1,0 +1,359 @@
+"""NUFFT and Toeplitz operators beside those of mri-nufft, SigPy and BART: same data, same run.
+
+    python benchmarks/nonuniform.py [--matrix 192] [--points 500 1000] [--threads 2]
+
+A scan of so many time points, one of 48 spirals each, 8 coils, 5 coefficient images. The peers do what they
+offer: mri-nufft a subspace operator without Toeplitz, SigPy a Toeplitz operator without subspace (so K = 1 is
+compared), BART both (``pics -t -B``; the time of an iteration is the slope between two runs, its set-up the
+rest). ``agrees`` is the relative difference from our result, after one fitted factor: conventions differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--matrix", type=int, default=192)
+    parser.add_argument("--coils", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=5)
+    parser.add_argument("--interleaves", type=int, default=48)
+    parser.add_argument("--samples", type=int, default=1166, help="of a readout")
+    parser.add_argument("--points", type=int, nargs="+", default=[500, 1000])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--without", nargs="*", default=[], choices=("mri-nufft", "sigpy", "bart"))
+    arguments = parser.parse_args()
+    # Libraries read these once, when they are loaded.
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[variable] = str(arguments.threads)
+
+import numpy as np
+import torch
+from peers_bart import bart_available, read_cfl, write_cfl
+from torch import Tensor
+
+from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
+from quantitron.recon.data import Basis, TrajectoryKSpace
+from quantitron.recon.operators.density_compensation import density_weights
+from quantitron.recon.operators.nonuniform_fourier import NonuniformFourier
+from quantitron.recon.operators.toeplitz import ToeplitzSense
+from quantitron.recon.trajectory_gram import sum_readouts
+
+
+def spirals(interleaves: int, samples: int) -> Tensor:
+    """Spirals of variable density, turned against one another: (interleaf, sample, 2)."""
+    time_ = torch.linspace(0, 1, samples, dtype=torch.float64)
+    angle = 2 * math.pi * (8 * time_ + torch.arange(interleaves, dtype=torch.float64)[:, None] / interleaves)
+    radius = 0.499 * time_**1.3
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).float()
+
+
+def smooth(count: int, size: int, width: float, seed: int) -> Tensor:
+    """Smooth random complex images (count, size, size)."""
+    generator = torch.Generator().manual_seed(seed)
+    frequency = torch.fft.fftfreq(size) * size
+    window = torch.exp(-(frequency[:, None] ** 2 + frequency**2) / 2 / width**2)
+    noise = torch.randn(count, size, size, dtype=torch.complex64, generator=generator)
+    images = torch.fft.ifft2(noise * window)
+    return images / images.abs().amax((1, 2), keepdim=True)
+
+
+class Scan:
+    """The scan that all work on."""
+
+    def __init__(
+        self, matrix: int, coils: int, rank: int, interleaves: int, samples: int, points: int
+    ) -> None:
+        self.grid = (1, matrix, matrix)
+        distinct = spirals(interleaves, samples)
+        self.distinct = distinct.flatten(0, 1)
+        order = torch.arange(points) % interleaves
+        time_ = torch.linspace(0, 1, points, dtype=torch.float64)[:, None]
+        columns, _ = torch.linalg.qr(torch.cos(time_ * math.pi * torch.arange(rank)))
+        self.phi = columns.float()
+        coefficients = smooth(rank, matrix, 20, 1) / torch.arange(1, rank + 1)[:, None, None]
+        csm = smooth(coils, matrix, 1.5, 2)
+        self.csm = csm / csm.abs().square().sum(0).sqrt()  # (c, y, x)
+        fourier = NonuniformFourier(self.distinct, self.grid)
+        pure = fourier((coefficients[:, None] * self.csm)[:, :, None])  # (k, c, n)
+        pure = pure.reshape(rank, coils, interleaves, samples)
+        data = torch.empty(coils, points, samples, dtype=torch.complex64)
+        for point in range(points):
+            data[:, point] = torch.einsum("k,kcn->cn", self.phi[point].to(pure), pure[:, :, order[point]])
+        generator = torch.Generator().manual_seed(3)
+        data += 1e-3 * data.abs().mean() * torch.randn(data.shape, dtype=data.dtype, generator=generator)
+        self.data = data
+        self.frames = distinct[order]  # (t, n, 2)
+        self.kspace = TrajectoryKSpace(
+            samples=data.flatten(1),
+            trajectory=self.frames.flatten(0, 1),
+            readout_length=torch.full((points,), samples),
+            time_point=torch.arange(points),
+            slice=torch.zeros(points, dtype=torch.int64),
+            density=None,
+            energy=float(data.abs().double().square().sum()),
+            time_points=points,
+            grid=(1, *self.grid),
+        )
+        self.basis = Basis(self.phi, torch.ones(rank), 1.0, "dictionary")
+
+    @property
+    def maps(self) -> Tensor:
+        """(x, c, z, y)."""
+        return self.csm.permute(2, 0, 1)[:, :, None].contiguous()
+
+
+def seconds(function: Callable[[], Any], repeats: int) -> float:
+    """Median time of a call, the first one aside."""
+    function()
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def agreement(found: Tensor, ours: Tensor) -> float:
+    """Relative difference after one fitted complex factor."""
+    found, ours = found.flatten().to(torch.complex128), ours.flatten().to(torch.complex128)
+    factor = torch.vdot(found, ours) / torch.vdot(found, found)
+    return float((factor * found - ours).norm() / ours.norm())
+
+
+def row(what: str, who: str, taken: float, agrees: float | None = None) -> None:
+    """One line of the table."""
+    print(
+        f"{what:34s} {who:26s} {1e3 * taken:10.1f} ms   {'' if agrees is None else f'{agrees:.1e}'}",
+        flush=True,
+    )
+
+
+def images_of(u: Tensor) -> Tensor:
+    """(x, k, z, y) -> (k, y, x)."""
+    return u[:, :, 0].permute(1, 2, 0).contiguous()
+
+
+def coefficients_of(images: Tensor) -> Tensor:
+    """(k, y, x) -> (x, k, z, y)."""
+    return images.permute(2, 0, 1)[:, :, None].contiguous()
+
+
+def transforms(scan: Scan, repeats: int, without: list[str]) -> None:
+    """Forward and adjoint transform of all coil images onto all distinct spirals."""
+    fourier = NonuniformFourier(scan.distinct, scan.grid)
+    images = scan.csm[:, None]
+    coils, matrix = len(scan.csm), scan.grid[1]
+    samples = fourier(images)
+    back = fourier.adjoint(samples)
+    tasks = f"NUFFT, {coils} images"
+    quick = NonuniformFourier(scan.distinct, scan.grid, 3e-5)
+    for name, operator in (("quantitron 1e-5", fourier), ("quantitron 3e-5", quick)):
+        forward, adjoint = operator(images), operator.adjoint(samples)
+        row(
+            f"{tasks}, forward",
+            name,
+            seconds(lambda o=operator: o(images), repeats),
+            agreement(forward, samples),
+        )
+        row(
+            f"{tasks}, adjoint",
+            name,
+            seconds(lambda o=operator: o.adjoint(samples), repeats),
+            agreement(adjoint, back),
+        )
+    if "mri-nufft" not in without:
+        import mrinufft
+
+        peer = mrinufft.get_operator("finufft")(
+            scan.distinct.flip(1).numpy(), (matrix, matrix), n_coils=coils, squeeze_dims=True
+        )
+        dense, data = scan.csm.numpy(), samples.numpy()
+        row(f"{tasks}, forward", "mri-nufft", seconds(lambda: peer.op(dense), repeats),
+            agreement(torch.from_numpy(peer.op(dense)), samples))  # fmt: skip
+        row(f"{tasks}, adjoint", "mri-nufft", seconds(lambda: peer.adj_op(data), repeats),
+            agreement(torch.from_numpy(peer.adj_op(data)), back))  # fmt: skip
+    if "sigpy" not in without:
+        import sigpy
+
+        coord = scan.distinct.flip(1).numpy() * matrix
+        dense, data = scan.csm.numpy(), samples.numpy()
+
+        def forward_() -> Any:
+            return sigpy.nufft(dense, coord)
+
+        def adjoint_() -> Any:
+            return sigpy.nufft_adjoint(data, coord, (coils, matrix, matrix))
+
+        row(f"{tasks}, forward", "sigpy", seconds(forward_, repeats),
+            agreement(torch.from_numpy(forward_()), samples))  # fmt: skip
+        row(f"{tasks}, adjoint", "sigpy", seconds(adjoint_, repeats),
+            agreement(torch.from_numpy(adjoint_()), back))  # fmt: skip
+    for method in ("pipe", "voronoi"):
+        row("density compensation", f"quantitron {method}",
+            seconds(lambda m=method: density_weights(scan.distinct, scan.grid, m), 1))  # fmt: skip
+    if "mri-nufft" not in without:
+        from mrinufft.density import voronoi
+
+        row("density compensation", "mri-nufft voronoi", seconds(lambda: voronoi(scan.distinct.numpy()), 1))
+    if "sigpy" not in without:
+        from sigpy.mri import pipe_menon_dcf
+
+        row("density compensation", "sigpy pipe-menon, 30 it", seconds(
+            lambda: pipe_menon_dcf(coord, (matrix, matrix), max_iter=30, show_pbar=False), 1))  # fmt: skip
+
+
+def operators(scan: Scan, repeats: int, without: list[str], threads: int) -> None:
+    """A^H A of the subspace."""
+    points, rank, matrix = len(scan.phi), scan.phi.shape[1], scan.grid[1]
+    task = f"T={points} K={rank}"
+    sums = sum_readouts(scan.kspace, scan.basis)
+    row(
+        f"{task}: sum of readouts",
+        "quantitron",
+        seconds(lambda: sum_readouts(scan.kspace, scan.basis), repeats),
+    )
+    identity = torch.eye(rank)
+    row(f"{task}: Toeplitz build", "quantitron",
+        seconds(lambda: ToeplitzSense(sums, scan.maps, identity), repeats))  # fmt: skip
+    operator = ToeplitzSense(sums, scan.maps, identity)
+    data = operator.adjoint_data()
+    row(f"{task}: A^H s", "quantitron", seconds(operator.adjoint_data, repeats))
+    row(f"{task}: A^H A", "quantitron Toeplitz", seconds(lambda: operator(data), repeats))
+    applied = operator(data)
+
+    fourier = NonuniformFourier(scan.distinct, scan.grid, 3e-5)
+    gram = sums.gram[sums.readout].to(torch.complex64)  # (n, k, k)
+    images = images_of(data)[:, None] * scan.csm  # (k, c, y, x)
+
+    def by_transforms() -> Tensor:
+        samples = fourier(images[:, :, None])  # (k, c, n)
+        mixed = torch.einsum("nij,jcn->icn", gram, samples)
+        return (fourier.adjoint(mixed)[:, :, 0] * scan.csm.conj()).sum(1)
+
+    row(f"{task}: A^H A", "quantitron NUFFT, summed", seconds(by_transforms, 1),
+        agreement(by_transforms(), images_of(applied)))  # fmt: skip
+    if "mri-nufft" not in without:
+        import mrinufft
+        from mrinufft.operators.subspace import MRISubspace
+
+        everywhere = mrinufft.get_operator("finufft")(
+            # All frames, also those of one trajectory: it knows no other form.
+            scan.frames.flip(-1).reshape(-1, 2).numpy(),
+            (matrix, matrix),
+            n_coils=len(scan.csm),
+            squeeze_dims=True,
+        )
+        peer = MRISubspace(everywhere, scan.phi.mT.contiguous().numpy())
+        dense = images.numpy()
+
+        def normal() -> Tensor:
+            back = torch.from_numpy(peer.adj_op(peer.op(dense)))
+            return (back * scan.csm.conj()).sum(1)
+
+        row(
+            f"{task}: A^H A",
+            "mri-nufft subspace",
+            seconds(normal, 1),
+            agreement(normal(), images_of(applied)),
+        )
+    if "bart" in without or not bart_available():
+        print("BART: not installed or not asked for, left out")
+    else:
+        bart(scan, operator, data, task, threads)
+
+
+def single(scan: Scan, repeats: int) -> None:
+    """One image of all coils through SigPy's Toeplitz operator and ours: no subspace there."""
+    import sigpy
+
+    matrix, coils = scan.grid[1], len(scan.csm)
+    points = len(scan.phi)
+    constant = Basis(torch.full((points, 1), points**-0.5), torch.ones(1), 1.0, "dictionary")
+    sums = sum_readouts(scan.kspace, constant)
+    row(
+        "K=1: Toeplitz build",
+        "quantitron",
+        seconds(lambda: ToeplitzSense(sums, scan.maps, torch.eye(1)), repeats),
+    )
+    operator = ToeplitzSense(sums, scan.maps, torch.eye(1))
+    # SigPy has no weights: each distinct spiral counts once.
+    sums = sums.__class__(**{**sums.__dict__, "gram": torch.ones_like(sums.gram)})
+    operator = ToeplitzSense(sums, scan.maps, torch.eye(1))
+    u = coefficients_of(scan.csm[:1])
+    ours = images_of(operator(u))
+    row("K=1: A^H A", "quantitron Toeplitz", seconds(lambda: operator(u), repeats))
+    coord = scan.distinct.flip(1).numpy() * matrix
+    csm = scan.csm.numpy()
+    build = seconds(lambda: sigpy.toeplitz_psf(coord, (coils, matrix, matrix)), 1)
+    row("K=1: Toeplitz build", "sigpy", build)
+    nufft = sigpy.linop.NUFFT((coils, matrix, matrix), coord, toeplitz=True)
+    maps = sigpy.linop.Multiply((1, matrix, matrix), csm)
+    normal = maps.H * nufft.N * maps
+    image = scan.csm[:1].numpy()
+    row("K=1: A^H A", "sigpy Toeplitz", seconds(lambda: normal(image), repeats),
+        agreement(torch.from_numpy(normal(image)), ours))  # fmt: skip
+
+
+def bart(scan: Scan, operator: ToeplitzSense, data: Tensor, task: str, threads: int) -> None:
+    """``pics -t -B``: least squares with a small penalty by conjugate gradients."""
+    penalty = 1e-2 * float(operator.mean_diagonal().mean())
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    points, samples = scan.frames.shape[:2]
+    with tempfile.TemporaryDirectory(prefix="bart-") as name:
+        folder = Path(name)
+        matrix = scan.grid[1]
+        trajectory = np.zeros((points, samples, 3), np.complex64)
+        trajectory[..., :2] = scan.frames.numpy() * matrix
+        write_cfl(folder / "trajectory", trajectory, (5, 1, 0))
+        write_cfl(folder / "kspace", scan.data.numpy(), (3, 5, 1))
+        write_cfl(folder / "csm", scan.csm.numpy(), (3, 1, 0))
+        write_cfl(folder / "phi", scan.phi.numpy(), (5, 6))
+
+        def run(iterations: int) -> float:
+            command = ["bart", "pics", "-w", "1", "-l2", "-r", repr(penalty), "-i", str(iterations)]
+            command += ["-t", "trajectory", "-B", "phi", "kspace", "csm", "result"]
+            start = time.perf_counter()
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+            taken = time.perf_counter() - start
+            if done.returncode:
+                raise RuntimeError(done.stderr[-500:])
+            return taken
+
+        few, many = 2, 12
+        short, long = run(few), run(many)
+        iteration = (long - short) / (many - few)
+        found = torch.from_numpy(read_cfl(folder / "result", (6, 1, 0)).copy())
+    ours = conjugate_gradient(lambda u: operator(u) + penalty * u, data, iterations=many, tolerance=0.0)
+    row(f"{task}: set-up", "bart pics -t -B", short - few * iteration)
+    row(f"{task}: iteration", "bart pics -t -B", iteration, agreement(found, images_of(ours)))
+
+
+def main() -> None:
+    torch.set_num_threads(arguments.threads)
+    a = arguments
+    print(
+        f"{a.matrix}x{a.matrix}, {a.coils} coils, {a.interleaves} spirals of {a.samples}, {a.threads} threads"
+    )
+    print(f"{'what':34s} {'who':26s} {'time':>13s}   agrees")
+    for number, points in enumerate(a.points):
+        scan = Scan(a.matrix, a.coils, a.rank, a.interleaves, a.samples, points)
+        if not number:
+            transforms(scan, a.repeats, a.without)
+            if "sigpy" not in a.without:
+                single(scan, a.repeats)
+        operators(scan, a.repeats, a.without, a.threads)
+
+
+if __name__ == "__main__":
+    main()
