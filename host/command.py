@@ -162,6 +162,12 @@ def simulate(
     step: Annotated[
         int | None, typer.Option(min=1, help="fisp_mrf: from one interleaf to the next.  [default: 1]")
     ] = None,
+    volume: Annotated[
+        str | None, typer.Option(help="fisp_mrf: a stack of spirals, or tilted ones.  [default: stack]")
+    ] = None,
+    trains: Annotated[
+        int | None, typer.Option(min=1, help="fisp_mrf: trains of tilted spirals.  [default: partitions]")
+    ] = None,
     ti: Annotated[
         float | None,
         typer.Option(min=0.0, help="fisp_mrf: ms from the inversion to the first pulse.  [default: 20]"),
@@ -200,6 +206,8 @@ def simulate(
         "interleaves": interleaves,
         "order": order,
         "step": step,
+        "volume": volume,
+        "trains": trains,
         "ti": ti,
         "height": height,
     }

@@ -1,9 +1,11 @@
 """Anatomy + schedule + spirals -> ISMRMRD raw file of a fingerprint (``fisp_mrf``) with its ground truth.
 
 Every slice, and every partition of a stack of spirals, plays the whole train from equilibrium; one interleaf
-a time point. The fingerprints come from the extended phase graph (``signal_table``), k-space from the object
-on a grid finer than the scan's (``spiral_encode``). Off-resonance and decay during a readout are not
-simulated.
+a time point. In place of a stack, a volume can be scanned by spirals in upright planes at many angles, where
+consecutive time points lie in planes far apart (as TGAS does; Cao et al., MRM 88:133, 2022).
+
+The fingerprints come from the extended phase graph (``signal_table``), k-space from the object on a grid
+finer than the scan's (``spiral_encode``). Off-resonance and decay during a readout are not simulated.
 """
 
 from __future__ import annotations
@@ -12,52 +14,44 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 import ismrmrd
 import numpy as np
 from numpy.typing import NDArray
 
-from quantitron.gadgets.acquisition_block import HEADER_DTYPE
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.header import make_header
 from quantitron.gadgets.image_file import TRUTH_GROUP, reason, write_images
-from quantitron.gadgets.image_geometry import axial_header
-from quantitron.phantoms.acquisition_order import TICK, flag, mark_ends
 from quantitron.phantoms.coils import noise_covariance
 from quantitron.phantoms.encode import POINT_SPREADS, PointSpread
+from quantitron.phantoms.fingerprint_order import (
+    Train,
+    check_order,
+    readout_headers,
+    stacked_trains,
+    tilted_trains,
+    with_calibration,
+)
 from quantitron.phantoms.noise import NOISE_SAMPLES, ChannelNoise, noise_headers
 from quantitron.phantoms.raw_file import RawFile
 from quantitron.phantoms.scene import FieldSettings, Scene, make_scene, scan_mask
 from quantitron.phantoms.schedules import INVERSION_TIME, make_schedule
 from quantitron.phantoms.signal_table import SignalBasis, signal_basis, tabulate
 from quantitron.phantoms.simulate import Simulation, check_scan, default_field_of_view, load_anatomy
-from quantitron.phantoms.spiral import SpiralDesign, design_spiral, rotate
-from quantitron.phantoms.spiral_encode import spectra
+from quantitron.phantoms.spiral import SpiralDesign, design_spiral, rotate, tilt
+from quantitron.phantoms.spiral_encode import partition_spectra, volume_samples
 from quantitron.phantoms.truth_images import truth_images
-from quantitron.recon.data import Encoding, Protocol
+from quantitron.recon.data import Encoding
 
 logger = logging.getLogger("quantitron")
 
-ORDERS = ("sequential", "shuffled")
+VOLUMES = ("stack", "tilted")
 CALIBRATIONS = ("none", "separate")
 LINES_AT_ONCE = 128
 """Readouts that are written together; changes memory, never the result."""
-
-
-@dataclass(frozen=True)
-class Train:
-    """Readouts of one partition of one slice, in the order in which they are played."""
-
-    slice: int
-    partition: int
-    time_point: NDArray[np.int64]
-    """(n,) w."""
-    interleaf: NDArray[np.int64]
-    """(n,) which trajectory."""
-    flags: np.uint64
-    """Of all its readouts."""
 
 
 def simulate_fingerprint(
@@ -71,6 +65,8 @@ def simulate_fingerprint(
     step: int = 1,
     matrix: tuple[int, int, int] = (192, 192, 1),
     fov: tuple[float, float, float] | None = None,
+    volume: str = "stack",
+    trains: int | None = None,
     slices: int = 1,
     height: float = 0.0,
     coils: int = 8,
@@ -99,7 +95,12 @@ def simulate_fingerprint(
         order: ``sequential``: time point t plays interleaf ``step t`` mod ``interleaves``; ``shuffled``:
             all interleaves in a new random order in every pass.
         step: how far apart consecutive interleaves are; only ``sequential``.
-        matrix: scan matrix (x, y, z); z = 1 for 2D, more for a stack of spirals.
+        matrix: scan matrix (x, y, z); z = 1 for 2D.
+        volume: how z > 1 is scanned: ``stack`` of spirals, each partition with a train of its own, or
+            ``tilted``: spirals in upright planes, ceil(pi/2 max(x, y)) of them over half a turn. From one
+            readout to the next the plane goes on by the golden section of half a turn (sequential), or
+            planes too come in random order (shuffled).
+        trains: trains of a ``tilted`` scan; None takes as many as there are partitions.
         fov: field of view (x, y, z) [mm] of one slice; None takes one that suits the phantom.
         slices: slices (z = 1) or slabs, contiguous along z.
         height: centre of the middle slice along z [mm]; 0 is the middle of the phantom. The NIST phantom has
@@ -132,7 +133,8 @@ def simulate_fingerprint(
         supersampling = (supersampling, supersampling, supersampling)
     efficiency = 1.0 if inversion_efficiency is None else inversion_efficiency
     check_scan(matrix, fov, coils, snr, supersampling, slices, 1.0, efficiency)
-    _check(order, step, interleaves, calibration, calibration_radius, point_spread, height)
+    check_order(order, step, interleaves)
+    _check(volume, matrix[2], trains, calibration, calibration_radius, point_spread, height)
     protocol = make_schedule(
         schedule,
         points,
@@ -173,24 +175,20 @@ def simulate_fingerprint(
     header = make_header(encoding, protocol, interleaves=interleaves, relative_receiver_noise_bandwidth=1.0)
     if calibration == "separate":
         header.encoding[0].parallelImaging.calibrationMode = ismrmrd.xsd.calibrationModeType.SEPARATE
-    trains = [
-        Train(
-            slice=number,
-            partition=partition,
-            time_point=np.arange(protocol.contrasts),
-            interleaf=interleaf_order(
-                order, protocol.contrasts, interleaves, step, [seed, 13, number, partition]
-            ),
-            flags=np.uint64(0),
+    planes = math.ceil(math.pi / 2 * max(matrix[:2]))
+    if volume == "stack":
+        played = stacked_trains(order, step, protocol.contrasts, interleaves, slices, grid[0], seed)
+    else:
+        count = grid[0] if trains is None else trains
+        played = tilted_trains(order, step, protocol.contrasts, interleaves, planes, count, slices, seed)
+        header.encoding[0].encodingLimits.kspace_encoding_step_2 = ismrmrd.xsd.limitType(
+            minimum=0, maximum=planes - 1, center=0
         )
-        for number in range(slices)
-        for partition in range(grid[0])
-    ]
     low = arms[:, : int(np.searchsorted(np.linalg.norm(arms[0], axis=1), calibration_radius)) + 1]
     if calibration == "separate":
-        trains = _with_calibration(trains, interleaves, grid[0], calibration_radius, brightest)
+        played = with_calibration(played, interleaves, grid[0], calibration_radius, brightest)
     positions = [(0.0, 0.0, 1e3 * place) for place in heights]
-    heads = readout_headers(trains, protocol, positions, (spiral or SpiralDesign()).dwell_time)
+    heads = readout_headers(played, protocol, positions, (spiral or SpiralDesign()).dwell_time)
 
     points_of_noise = arms.shape[1]
     noise_lines = 0 if noise_free else -(-NOISE_SAMPLES // points_of_noise)
@@ -201,7 +199,11 @@ def simulate_fingerprint(
         if noise_lines:
             head = noise_headers(noise_lines, points_of_noise, (spiral or SpiralDesign()).dwell_time)
             raw.append(head, noise.draw(noise_lines, points_of_noise))
-        for head, places, lines in _readouts(scenes, basis, trains, heads, arms, low, point_spread):
+        if volume == "stack":
+            readouts = _stacked_readouts(scenes, basis, played, heads, arms, low, point_spread)
+        else:
+            readouts = _tilted_readouts(scenes, basis, played, heads, arms, planes, point_spread)
+        for head, places, lines in readouts:
             if not noise_free:
                 lines += noise.draw(len(lines), lines.shape[2])
             raw.append(head, lines, places)
@@ -212,13 +214,17 @@ def simulate_fingerprint(
         raise ScanError(f"cannot write {output}: {reason(error)}") from error
     finally:
         part.unlink(missing_ok=True)
-    total = sum(len(train.time_point) for train in trains)
+    total = sum(len(train.time_point) for train in played)
     reached = slices * protocol.contrasts * math.prod(grid) / samples
     logger.info("%s: %d spirals of %d x %d samples, R = %.2f", output, total, coils, arms.shape[1], reached)
     return Simulation(output, total, noise_lines, reached, deviation, covariance, brightest)
 
 
-def _readouts(
+Readouts: TypeAlias = Iterator[tuple[NDArray[np.void], NDArray[np.float32], NDArray[np.complex64]]]
+"""Noise-free readouts, some at a time, in order: headers (n,), trajectories (n, m, d), samples (n, c, m)."""
+
+
+def _stacked_readouts(
     scenes: list[Scene],
     basis: SignalBasis,
     trains: list[Train],
@@ -226,33 +232,50 @@ def _readouts(
     arms: NDArray[np.float32],
     low: NDArray[np.float32],
     point_spread: PointSpread,
-) -> Iterator[tuple[NDArray[np.void], NDArray[np.float32], NDArray[np.complex64]]]:
-    """Noise-free readouts, some at a time, in order: headers, trajectories and samples (n, c, m)."""
+) -> Readouts:
+    """Spirals in planes of constant kz; those of the calibration on the arms ``low``."""
     axes = basis.axes.numpy()
     for train, head in zip(trains, heads, strict=True):
-        scene, coefficients = scenes[train.slice], basis.coefficients[train.slice]
-        imaging = train.flags == 0
-        curves = arms if imaging else low
-        for _, spectrum in spectra(scene, coefficients, curves, [train.partition], point_spread):
-            for start in range(0, len(head), LINES_AT_ONCE):
-                rows = slice(start, min(start + LINES_AT_ONCE, len(head)))
-                interleaf = train.interleaf[rows]
-                weights = axes[train.time_point[rows]]
-                lines = np.empty((len(interleaf), *spectrum.shape[2:]), dtype=np.complex64)
-                for row, (number, weight) in enumerate(zip(interleaf, weights, strict=True)):
-                    lines[row] = np.tensordot(weight, spectrum[number], axes=1)
-                yield head[rows], curves[interleaf], lines
+        curves = low if train.flags else arms
+        spectrum = partition_spectra(
+            scenes[train.slice],
+            basis.coefficients[train.slice],
+            curves,
+            int(train.partition[0]),
+            point_spread,
+        )
+        for start in range(0, len(head), LINES_AT_ONCE):
+            rows = slice(start, min(start + LINES_AT_ONCE, len(head)))
+            interleaf = train.interleaf[rows]
+            lines = np.empty((len(interleaf), *spectrum.shape[2:]), dtype=np.complex64)
+            for row, (number, time) in enumerate(zip(interleaf, train.time_point[rows], strict=True)):
+                lines[row] = np.tensordot(axes[time], spectrum[number], axes=1)
+            yield head[rows], curves[interleaf], lines
 
 
-def interleaf_order(
-    order: str, points: int, interleaves: int, step: int, seed: list[int]
-) -> NDArray[np.int64]:
-    """(points,) interleaf of each time point (see ``simulate_fingerprint``)."""
-    if order == "sequential":
-        return np.arange(points) * step % interleaves
-    random = np.random.default_rng(seed)
-    passes = [random.permutation(interleaves) for _ in range(-(-points // interleaves))]
-    return np.concatenate(passes)[:points].astype(np.int64)
+def _tilted_readouts(
+    scenes: list[Scene],
+    basis: SignalBasis,
+    trains: list[Train],
+    heads: list[NDArray[np.void]],
+    arms: NDArray[np.float32],
+    planes: int,
+    point_spread: PointSpread,
+) -> Readouts:
+    """Spirals in planes about kz. All samples of a slab are made at once: every transform serves them all."""
+    for number, scene in enumerate(scenes):
+        chosen = [index for index, train in enumerate(trains) if train.slice == number]
+        plane, interleaf, time = (
+            np.concatenate([getattr(trains[index], name) for index in chosen])
+            for name in ("partition", "interleaf", "time_point")
+        )
+        head = np.concatenate([heads[index] for index in chosen])
+        places = tilt(arms, interleaf, np.pi * plane / planes)
+        weights = basis.axes.numpy()[time]
+        samples = volume_samples(scene, basis.coefficients[number], weights, places, point_spread)
+        for start in range(0, len(head), LINES_AT_ONCE):
+            rows = slice(start, min(start + LINES_AT_ONCE, len(head)))
+            yield head[rows], places[rows], np.ascontiguousarray(samples[rows])
 
 
 def signal_level(scenes: list[Scene], basis: SignalBasis) -> tuple[float, int]:
@@ -278,67 +301,6 @@ def signal_level(scenes: list[Scene], basis: SignalBasis) -> tuple[float, int]:
     return total / voxels, int(np.argmax(energy))
 
 
-def readout_headers(
-    trains: list[Train],
-    protocol: Protocol,
-    positions: list[tuple[float, float, float]],
-    dwell_time: float,
-) -> list[NDArray[np.void]]:
-    """Headers of all readouts, train by train: counters by the contract, flags, times, geometry.
-
-    Args:
-        trains: in the order of acquisition.
-        protocol: the fingerprint.
-        positions: centre of voxel n/2 of each slice (x, y, z) [mm].
-        dwell_time: time between samples [s].
-    """
-    pause = 5.0
-    excitation = np.concatenate([[0.0], np.cumsum(protocol.repetition_time)])
-    headers, now = [], 0.0
-    for train in trains:
-        head = np.empty(len(train.time_point), dtype=HEADER_DTYPE)
-        head[:] = axial_header()
-        head["idx"]["kspace_encode_step_1"] = train.interleaf
-        head["idx"]["kspace_encode_step_2"] = train.partition
-        head["idx"]["slice"] = train.slice
-        head["idx"]["repetition"] = train.time_point
-        head["flags"] = train.flags
-        head["position"] = positions[train.slice]
-        head["center_sample"] = 0
-        head["sample_time_us"] = dwell_time * 1e6
-        if train.flags:  # one excitation after another, each long after the train's own
-            time = now + np.arange(len(head)) * (excitation[-1] + pause) + excitation[train.time_point]
-        else:
-            time = now + excitation[train.time_point]
-        now = float(time[-1]) + pause
-        head["acquisition_time_stamp"] = np.round((time + protocol.echo_time[0]) / TICK).astype(np.uint32)
-        headers.append(head)
-    mark_ends(headers, {"repetition"})
-    return headers
-
-
-def _with_calibration(
-    trains: list[Train], interleaves: int, partitions: int, radius: float, time_point: int
-) -> list[Train]:
-    """Calibration before the imaging of each slice: every interleaf, in the partitions near kz = 0."""
-    result = []
-    for train in trains:
-        if train.partition == 0:
-            for partition in range(partitions):
-                if abs(partition - partitions // 2) <= radius * partitions:
-                    result.append(
-                        Train(
-                            slice=train.slice,
-                            partition=partition,
-                            time_point=np.full(interleaves, time_point),
-                            interleaf=np.arange(interleaves),
-                            flags=flag(ismrmrd.ACQ_IS_PARALLEL_CALIBRATION),
-                        )
-                    )
-        result.append(train)
-    return result
-
-
 def _arms(
     design: SpiralDesign, grid: tuple[int, int, int], extent: tuple[float, float, float], interleaves: int
 ) -> NDArray[np.float32]:
@@ -355,27 +317,29 @@ def _arms(
 
 
 def _check(
-    order: str,
-    step: int,
-    interleaves: int,
+    volume: str,
+    partitions: int,
+    trains: int | None,
     calibration: str,
     radius: float,
     point_spread: str,
     height: float,
 ) -> None:
     """Refuse arguments that make no fingerprint."""
-    if order not in ORDERS:
-        raise ScanError(f"order is '{order}'; it must be one of {', '.join(ORDERS)}")
-    if not 1 <= interleaves <= 65536:
-        raise ScanError(f"interleaves is {interleaves}; it must be in 1..65536")
-    if order == "shuffled" and step != 1:
-        raise ScanError("a step between interleaves belongs to the order sequential, not to shuffled")
-    if step < 1 or math.gcd(step, interleaves) != 1:
-        raise ScanError(f"with a step of {step} not all of {interleaves} interleaves would be played")
+    if volume not in VOLUMES:
+        raise ScanError(f"volume is '{volume}'; it must be one of {', '.join(VOLUMES)}")
+    if volume == "tilted" and partitions == 1:
+        raise ScanError("tilted spirals scan a volume; the matrix has one partition")
+    if trains is not None and volume == "stack":
+        raise ScanError("a stack of spirals has a train for each partition; trains belongs to tilted spirals")
+    if trains is not None and not 1 <= trains <= 65536:
+        raise ScanError(f"trains is {trains}; it must be in 1..65536")
     if calibration not in CALIBRATIONS:
         raise ScanError(
             f"calibration is '{calibration}'; for fisp_mrf it must be one of {', '.join(CALIBRATIONS)}"
         )
+    if calibration != "none" and volume == "tilted":
+        raise ScanError("calibration of its own comes with a stack of spirals, not with tilted ones")
     if not 0 < radius <= 0.5:
         raise ScanError(f"calibration_radius is {radius:g}; it must be in 0..0.5 cycles per voxel")
     if point_spread not in POINT_SPREADS:

@@ -123,6 +123,27 @@ def rotate(arm: NDArray[np.float64], interleaves: int) -> NDArray[np.float32]:
     return np.stack([cosine * x - sine * y, sine * x + cosine * y], axis=2).astype(np.float32)
 
 
+def tilt(
+    arms: NDArray[np.float32], interleaf: NDArray[np.int64], angle: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """Interleaves stood upright and turned about kz: kx and ky of an arm become the radius in the plane at
+    ``angle`` and kz. Planes over half a turn fill a ball, densely about the kz axis.
+
+    Args:
+        arms: (interleaves, m, 2) kx, ky.
+        interleaf: (n,) which of them.
+        angle: (n,) of the plane about kz [rad].
+
+    Returns:
+        (n, m, 3) kx, ky, kz.
+    """
+    result = np.empty((len(interleaf), arms.shape[1], 3), dtype=np.float32)
+    for row, (number, turn) in enumerate(zip(interleaf, angle, strict=True)):
+        across, along = arms[number].T
+        result[row] = np.stack([across * math.cos(turn), across * math.sin(turn), along], axis=1)
+    return result
+
+
 def _check(design: SpiralDesign) -> None:
     if design.matrix < 2 or not design.field_of_view > 0:
         raise ScanError(f"a spiral cannot have {design.matrix} voxels in {design.field_of_view} m")

@@ -15,11 +15,12 @@ from quantitron.gadgets.map_volume import map_volumes
 from quantitron.phantoms import simulate_fingerprint as simulation
 from quantitron.phantoms.acquisition_order import flag
 from quantitron.phantoms.file import read_anatomy
+from quantitron.phantoms.fingerprint_order import interleaf_order
 from quantitron.phantoms.nist import reference_values, sphere_number
 from quantitron.phantoms.scene import FieldSettings, make_scene, scan_mask
 from quantitron.phantoms.schedules import make_schedule
 from quantitron.phantoms.signal_table import signal_basis, tabulate
-from quantitron.phantoms.simulate_fingerprint import interleaf_order, simulate_fingerprint
+from quantitron.phantoms.simulate_fingerprint import simulate_fingerprint
 from quantitron.recon.signal.models import CONTRAST_SIGNALS
 
 ACQ_IS_NOISE_MEASUREMENT = 19
@@ -99,9 +100,10 @@ def exact_sample(scene, protocol, trajectory, time_point, partition=0):
         for i, q, n in zip(index, scene.supersampling, scene.matrix, strict=True)
     ]
     nz = scene.matrix[0]
-    kz = (partition - nz // 2) / nz
-    kx, ky = trajectory.astype(np.float64).T
-    phase = kx[:, None] * places[2] + ky[:, None] * places[1] + kz * places[0]
+    columns = trajectory.astype(np.float64).T
+    kx, ky = columns[:2]
+    kz = columns[2] if len(columns) == 3 else np.full(len(kx), (partition - nz // 2) / nz)
+    phase = kx[:, None] * places[2] + ky[:, None] * places[1] + kz[:, None] * places[0]
     weighted = scene.coils.numpy() * (scene.pd * signal).numpy()
     scale = math.prod(scene.supersampling) * math.sqrt(math.prod(scene.matrix))
     return weighted @ np.exp(-2j * np.pi * phase).T / scale
@@ -115,8 +117,9 @@ def exact_sample(scene, protocol, trajectory, time_point, partition=0):
         {"matrix": (20, 24, 5), "fov": (40.0, 48.0, 20.0), "points": 14},
         {"supersampling": (3, 1, 2), "schedule": "tgas", "b1": 0.3},
         {"matrix": (21, 19, 1), "fov": (42.0, 38.0, 4.0), "height": 3.0},
+        {"matrix": (20, 24, 5), "fov": (40.0, 48.0, 20.0), "points": 14, "volume": "tilted", "trains": 2},
     ],
-    ids=["one slice", "two slices", "stack of spirals", "transmit field", "odd matrix"],
+    ids=["one slice", "two slices", "stack of spirals", "transmit field", "odd matrix", "tilted"],
 )
 def test_samples_are_the_fourier_sum_of_the_fine_object(tmp_path, phantom, more):
     _, _, head, _, samples, places = scan(tmp_path, phantom, **more)
@@ -317,6 +320,48 @@ def test_partitions_play_the_whole_train(tmp_path, phantom):
     assert truth["T1"].values.shape == (4, 24, 20)
 
 
+@pytest.mark.parametrize("order", ["sequential", "shuffled"])
+def test_tilted_spirals_lie_in_planes_about_kz(tmp_path, phantom, order):
+    made, header, head, _, _, places = scan(
+        tmp_path,
+        phantom,
+        matrix=(20, 24, 6),
+        fov=(40.0, 48.0, 24.0),
+        volume="tilted",
+        trains=3,
+        slices=2,
+        order=order,
+    )
+    planes = math.ceil(math.pi / 2 * 24)
+    assert made.lines == len(head) == 2 * 3 * 40
+    assert (head["trajectory_dimensions"] == 3).all()
+    assert np.array_equal(head["idx"]["repetition"], np.tile(np.arange(40), 6))
+    assert np.array_equal(head["idx"]["slice"], np.repeat([0, 1], 120))
+    plane, interleaf = (head["idx"][f"kspace_encode_step_{number}"].astype(int) for number in (2, 1))
+    assert header.encoding[0].encodingLimits.kspace_encoding_step_2.maximum == planes - 1
+    first = {}
+    for row, place in enumerate(places):
+        angle = np.pi * plane[row] / planes
+        assert np.abs(place[:, 0] * np.sin(angle) - place[:, 1] * np.cos(angle)).max() < 1e-6
+        assert np.linalg.norm(place, axis=1)[-1] == pytest.approx(0.5, abs=1e-6)
+        same = first.setdefault((plane[row], interleaf[row]), place)
+        assert np.array_equal(place, same)  # bitwise
+    assert len(set(plane[:40])) >= 30  # planes come evenly
+    assert len(set(zip(plane[:120], interleaf[:120], strict=True))) > 90
+    for time in range(40):  # a time point sees another plane in each train
+        assert len({*plane[time:120:40]}) > 1 or order == "shuffled"
+
+
+def test_tilted_average_is_the_scan_grid_seen_by_the_same_spirals(tmp_path, phantom):
+    more = {"matrix": (20, 24, 6), "fov": (40.0, 48.0, 24.0), "volume": "tilted", "trains": 1, "points": 9}
+    fine = scan(tmp_path, phantom, point_spread="average", supersampling=2, **more)[4]
+    scene = scene_of(phantom, make_schedule("jiang", 9), more["matrix"], more["fov"], 3)
+    signal = CONTRAST_SIGNALS["fisp_mrf"](scene.parameters, make_schedule("jiang", 9))[:, 4]
+    centre = [part[:, 0] for part in fine]  # k = 0 sees the sum of all voxels
+    expected = (scene.coils * scene.pd * signal).sum(dim=1).numpy() / 8 / math.sqrt(20 * 24 * 6)
+    assert np.abs(centre[4] - expected).max() < 5e-5 * np.abs(expected).max()
+
+
 def test_orders_of_interleaves():
     assert np.array_equal(interleaf_order("sequential", 6, 4, 1, [0]), [0, 1, 2, 3, 0, 1])
     assert np.array_equal(interleaf_order("sequential", 4, 48, 17, [0]), [0, 17, 34, 3])
@@ -404,6 +449,11 @@ def test_a_slice_through_a_plate_of_the_nist_phantom(tmp_path, height, plate):
         ({"interleaves": 48, "step": 6}, "not all of 48 interleaves"),
         ({"order": "shuffled", "step": 5}, "belongs to the order sequential"),
         ({"points": 1}, "points is 1"),
+        ({"volume": "ball"}, "volume is 'ball'"),
+        ({"volume": "tilted"}, "the matrix has one partition"),
+        ({"trains": 2}, "belongs to tilted"),
+        ({"volume": "tilted", "trains": 0, "matrix": (20, 24, 4)}, "trains is 0"),
+        ({"volume": "tilted", "calibration": "separate", "matrix": (20, 24, 4)}, "not with tilted"),
         ({"schedule": "yang"}, "neither jiang, tgas nor a FILE.csv"),
         ({"calibration": "embedded"}, "calibration is 'embedded'"),
         ({"calibration_radius": 0.7}, "calibration_radius is 0.7"),
