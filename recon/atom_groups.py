@@ -101,18 +101,21 @@ class AtomGroups:
 
     def _cones(self) -> tuple[Tensor, Tensor, Tensor]:
         """Centres (g, n) of length 1, and cosine and sine (g,) of the radius of each group."""
-        centres, radii = [], []
-        for columns in self._columns:
-            mean = columns.double().mean(1) if not columns.is_complex() else columns.mean(1)
-            centre = (mean / torch.linalg.vector_norm(mean).clamp_min(1e-30)).to(columns.dtype)
-            centres.append(centre.conj().resolve_conj())
-            # The chord is accurate where the cosine of a small angle is not.
-            inner = (columns * centre.conj()[:, None]).sum(0)
-            phase = inner / inner.abs().clamp_min(1e-30)
-            chord = torch.linalg.vector_norm(columns - centre[:, None] * phase, dim=0)
-            radii.append(2 * (chord.max() / 2 + _ROUNDING).clamp(0, 2**-0.5).asin())
-        radius = torch.stack(radii)
-        return torch.stack(centres), radius.cos(), radius.sin()
+        sizes = torch.tensor([len(group) for group in self._members], device=self._atoms.device)
+        group = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)  # (a,)
+        atoms = self._atoms[torch.cat(self._members)]
+        centres = atoms.new_zeros(len(sizes), atoms.shape[1]).index_add_(0, group, atoms)
+        length = torch.linalg.vector_norm(centres, dim=1, keepdim=True)
+        centres = centres / length.clamp_min(torch.finfo(length.dtype).tiny)
+        # The chord is accurate where the cosine of a small angle is not.
+        about = centres[group]
+        inner = (atoms * about.conj()).sum(1, keepdim=True)
+        phase = inner.sgn()
+        chord = (atoms - about * phase).abs().square().sum(1).sqrt()
+        largest = chord.new_zeros(len(sizes)).scatter_reduce(0, group, chord, "amax")
+        # No two signals are farther apart than a right angle.
+        radius = 2 * (largest / 2 + _ROUNDING).clamp_max(2**-0.5).asin()
+        return centres, radius.cos(), radius.sin()
 
     def _search(
         self, signals: Tensor, voxel: Tensor, group: Tensor, working_set: int

@@ -3,8 +3,8 @@
     maximise |<d, u>| / ||d||,    PD = <d, u> / ||d||^2
 
 over the atoms whose T2 is at most their T1 (METHODS 5). Where B1 is known in each voxel, voxels are taken
-together by their B1, in steps so small that the next one is nearer than the next atom, and each step's atoms
-are interpolated between the B1 values of the dictionary.
+together by their B1, in steps small beside those of the dictionary in T2, and the atoms of each step are
+interpolated between the B1 values of the dictionary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from quantitron.recon.atom_groups import AtomGroups, similar_atoms
 from quantitron.recon.data import Basis, FingerprintDictionary
 from quantitron.recon.match import best_atom
 
-B1_STEP = 0.005
+B1_STEP = 0.01
 """Width of the steps of B1 in which voxels are matched; the refinement takes B1 as it is."""
 
 
