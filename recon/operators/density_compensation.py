@@ -117,7 +117,14 @@ def _cell_areas(places: NDArray[np.float64]) -> NDArray[np.float64]:
     """Areas of the Voronoi cells (n,); infinite for those that reach beyond the convex hull."""
     diagram = Voronoi(places)
     faces = ConvexHull(places).equations  # normal, offset: <= 0 inside
-    beyond = (diagram.vertices @ faces[:, :2].T + faces[:, 2]).max(1) > SAME_POINT  # (vertex,)
+    centre = places.mean(0)
+    # Most vertices lie within a circle that the hull encloses; only the others are held against each face.
+    enclosed = float(-(faces[:, :2] @ centre + faces[:, 2]).max())
+    outer = np.flatnonzero(np.linalg.norm(diagram.vertices - centre, axis=1) > enclosed)
+    beyond = np.zeros(len(diagram.vertices), dtype=bool)
+    for start in range(0, len(outer), 4096):
+        chosen = outer[start : start + 4096]
+        beyond[chosen] = (diagram.vertices[chosen] @ faces[:, :2].T + faces[:, 2]).max(1) > SAME_POINT
     areas = np.full(len(places), np.inf)
     regions = [diagram.regions[region] for region in diagram.point_region]
     bounded = np.array([bool(region) and -1 not in region for region in regions])

@@ -163,7 +163,7 @@ class NonuniformFourier(LinearOperator):
                     kind,
                     self._modes,
                     transforms,
-                    tolerance / 2,
+                    tolerance / 2 if double else tolerance,
                     sign,
                     name,
                     nthreads=threads,
