@@ -97,11 +97,12 @@ def match_fingerprints(
         raise ValueError("a B1 map was given, but the dictionary holds a single B1: simulate it over several")
     t1, t2 = dictionary.t1.to(table.device), dictionary.t2.to(table.device)
     plausible = dictionary.plausible.to(table.device).flatten().nonzero()[:, 0]  # (a,)
+    candidates = table.flatten(1, 2)[:, plausible]  # (b, a, l)
     atom = torch.zeros(len(coefficients), dtype=torch.int64, device=coefficients.device)
     pd = torch.zeros_like(coefficients[:, 0])
     members: list[Tensor] | None = None  # of all steps of B1, which move like signals alike
     for value, voxels in _b1_steps(b1, len(coefficients)):
-        atoms = _at_b1(dictionary, table, value).flatten(0, 1)[plausible]  # (a, l)
+        atoms = _at_b1(dictionary, candidates, value)  # (a, l)
         if groups:
             if members is None:
                 members = similar_atoms(atoms, groups)
@@ -125,11 +126,11 @@ def _b1_steps(b1: Tensor | None, voxels: int) -> list[tuple[float, Tensor | slic
     return [(value * B1_STEP, place) for value, place in zip(values.tolist(), places, strict=True)]
 
 
-def _at_b1(dictionary: FingerprintDictionary, table: Tensor, value: float) -> Tensor:
-    """(i, j, l) the table between its two B1 values about ``value``."""
+def _at_b1(dictionary: FingerprintDictionary, atoms: Tensor, value: float) -> Tensor:
+    """(a, l) the atoms (b, a, l) between their two B1 values about ``value``."""
     if len(dictionary.b1) == 1:
-        return table[0]
+        return atoms[0]
     first, last = float(dictionary.b1[0]), float(dictionary.b1[-1])
     place = (min(max(value, first), last) - first) / (last - first) * (len(dictionary.b1) - 1)
     below = min(int(place), len(dictionary.b1) - 2)
-    return torch.lerp(table[below], table[below + 1], place - below)
+    return torch.lerp(atoms[below], atoms[below + 1], place - below)
