@@ -7,7 +7,6 @@ object has few values (a phantom of spheres, B1 = 1) has these very values for n
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from quantitron.phantoms.scene import Scene
+from quantitron.phantoms.scene import Scene, voxel_batches
 from quantitron.recon.data import Protocol
 from quantitron.recon.signal.models import CONTRAST_SIGNALS
 
@@ -31,13 +30,81 @@ NODES_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
-class SignalTable:
-    """Signals of all voxels, factored: signal(v, w) = sum_n weights[v, n] signals[n, w]."""
+class Axis:
+    """Nodes of one quantity, and where the voxels lie between them."""
 
-    weights: sparse.csr_matrix
-    """(v, n) real."""
+    nodes: NDArray[np.float64]
+    """(n,) ascending."""
+    first: NDArray[np.int32]
+    """(v,) first of the nodes that a voxel needs."""
+    part: NDArray[np.float32] | None
+    """(v,) place between the middle two of its four nodes, 0..1; None where each voxel is on a node."""
+
+    def weights(self, voxels: slice) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Nodes (v, 1 or 4) of some voxels and their weights."""
+        first = self.first[voxels].astype(np.int64)[:, None]
+        if self.part is None:
+            return first, np.ones(first.shape)
+        u = self.part[voxels].astype(np.float64)
+        weight = np.stack(
+            [
+                -u * (u - 1) * (u - 2) / 6,
+                (u + 1) * (u - 1) * (u - 2) / 2,
+                -(u + 1) * u * (u - 2) / 2,
+                (u + 1) * u * (u - 1) / 6,
+            ],
+            axis=1,
+        )
+        return first + np.arange(4), weight
+
+
+@dataclass(frozen=True)
+class SignalTable:
+    """Signals of all voxels of a scene, as weighted sums of those of some nodes."""
+
+    axes: tuple[Axis, Axis, Axis]
+    """log T1, log T2, B1."""
+    column: NDArray[np.int64]
+    """Flat index on the grid of all nodes -> number in ``signals``; -1 where no voxel needs the node."""
     signals: Tensor
     """(n, w) real or complex: fingerprints of the nodes."""
+
+    @property
+    def voxels(self) -> int:
+        """Voxels of the scene."""
+        return len(self.axes[0].first)
+
+    def combine(self, values: NDArray[np.generic]) -> NDArray[np.generic]:
+        """Values of the nodes (n, k) at the voxels (v, k)."""
+        result = np.empty((self.voxels, values.shape[1]), dtype=np.result_type(values, np.float64))
+        for part in voxel_batches(self.voxels):
+            result[part] = self._matrix(part) @ values
+        return result
+
+    def resting(self, energy: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Energy (v,) of the voxels, shared out to the nodes (n,) by the moduli of the weights."""
+        total = np.zeros(len(self.signals))
+        for part in voxel_batches(self.voxels):
+            total += abs(self._matrix(part)).T @ energy[part]
+        return total
+
+    def _matrix(self, part: slice) -> sparse.csr_matrix:
+        """(v, n) weights of some voxels."""
+        index, weight = _stencil(self.axes, part)
+        rows, width = index.shape
+        starts = np.arange(0, rows * width + 1, width)
+        shape = (rows, len(self.signals))
+        return sparse.csr_matrix((weight.ravel(), self.column[index.ravel()], starts), shape=shape)
+
+
+def _stencil(axes: tuple[Axis, Axis, Axis], part: slice) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Flat indices (v, k) on the grid of nodes that some voxels need, and their weights."""
+    index, weight = axes[0].weights(part)
+    for axis in axes[1:]:
+        number, share = axis.weights(part)
+        index = (index[:, :, None] * len(axis.nodes) + number[:, None, :]).reshape(len(index), -1)
+        weight = (weight[:, :, None] * share[:, None, :]).reshape(len(weight), -1)
+    return index, weight
 
 
 def tabulate(scenes: list[Scene], protocol: Protocol) -> list[SignalTable]:
@@ -52,20 +119,22 @@ def tabulate(scenes: list[Scene], protocol: Protocol) -> list[SignalTable]:
     """
     flips = [scene.b1 if scene.b1 is not None else torch.ones(len(scene.index)) for scene in scenes]
     quantities = [
-        torch.cat([scene.parameters["t1"] for scene in scenes]).double().log().numpy(),
-        torch.cat([scene.parameters["t2"] for scene in scenes]).double().log().numpy(),
-        torch.cat(flips).double().numpy(),
+        [scene.parameters["t1"].double().log().numpy() for scene in scenes],
+        [scene.parameters["t2"].double().log().numpy() for scene in scenes],
+        [flip.double().numpy() for flip in flips],
     ]
-    nodes, index, weight = [], np.zeros((len(quantities[0]), 1), dtype=np.int64), np.ones((1, 1))
-    for values, step in zip(quantities, (STEP, STEP, B1_STEP), strict=True):
-        places, number, share = _axis(values, step)
-        nodes.append(places)
-        index = (index[:, :, None] * len(places) + number[:, None, :]).reshape(len(values), -1)
-        weight = (weight[:, :, None] * share[:, None, :]).reshape(len(values), -1)
-    used, column = np.unique(index, return_inverse=True)
+    of_axis = [_axes(values, step) for values, step in zip(quantities, (STEP, STEP, B1_STEP), strict=True)]
+    of_scene = list(zip(*of_axis, strict=True))
+    grid = [len(axes[0].nodes) for axes in of_axis]
+    needed = np.zeros(int(np.prod(grid)), dtype=bool)
+    for axes in of_scene:
+        for part in voxel_batches(len(axes[0].first)):
+            needed[_stencil(axes, part)[0]] = True
+    used = np.flatnonzero(needed)
+    column = np.where(needed, np.cumsum(needed) - 1, -1)
     t1, t2, b1 = (
-        torch.from_numpy(places[number])
-        for places, number in zip(nodes, np.unravel_index(used, [len(p) for p in nodes]), strict=True)
+        torch.from_numpy(axes[0].nodes[number])
+        for axes, number in zip(of_axis, np.unravel_index(used, grid), strict=True)
     )
     signals = []
     for start in range(0, len(used), NODES_AT_ONCE):
@@ -73,34 +142,22 @@ def tabulate(scenes: list[Scene], protocol: Protocol) -> list[SignalTable]:
         times = {"t1": t1[part].exp().float(), "t2": t2[part].exp().float()}
         signals.append(CONTRAST_SIGNALS[protocol.sequence](times, protocol, b1[part].float()))
     together = torch.cat(signals)
-    row = np.repeat(np.arange(len(index)), index.shape[1])
-    weights = sparse.csr_matrix((weight.ravel(), (row, column.ravel())), shape=(len(index), len(used)))
-    ends = np.cumsum([0, *(len(scene.index) for scene in scenes)])
-    return [SignalTable(weights[first:last], together) for first, last in itertools.pairwise(ends)]
+    return [SignalTable(axes, column, together) for axes in of_scene]
 
 
-def _axis(
-    values: NDArray[np.float64], step: float
-) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
-    """Nodes (n,) of an axis; and of each value its nodes (v, 1 or 4) and their weights."""
-    distinct, number = np.unique(values, return_inverse=True)
+def _axes(values: list[NDArray[np.float64]], step: float) -> list[Axis]:
+    """The same axis for each scene, whose voxels have these values."""
+    distinct = np.unique(np.concatenate([np.unique(part) for part in values]))
     if len(distinct) <= FEW:
-        return distinct, number.reshape(-1, 1), np.ones((len(values), 1))
+        return [Axis(distinct, np.searchsorted(distinct, part).astype(np.int32), None) for part in values]
     first = distinct[0] - 1.5 * step
-    place = (values - first) / step
-    left = np.floor(place).astype(np.int64)
-    u = place - left  # 0..1 between the two middle ones of four nodes
-    weight = np.stack(
-        [
-            -u * (u - 1) * (u - 2) / 6,
-            (u + 1) * (u - 1) * (u - 2) / 2,
-            -(u + 1) * u * (u - 2) / 2,
-            (u + 1) * u * (u - 1) / 6,
-        ],
-        axis=1,
-    )
-    count = int(left.max()) + 3
-    return first + step * np.arange(count), left[:, None] + np.arange(-1, 3), weight
+    nodes = first + step * np.arange(int((distinct[-1] - first) / step) + 3)
+    result = []
+    for part in values:
+        place = (part - first) / step
+        left = np.floor(place).astype(np.int32)
+        result.append(Axis(nodes, left - 1, (place - left).astype(np.float32)))
+    return result
 
 
 @dataclass(frozen=True)
@@ -125,9 +182,9 @@ def signal_basis(tables: list[SignalTable], density: list[Tensor], lost: float =
         density: (v,) pd of each.
         lost: share of the energy.
     """
-    resting = np.zeros(tables[0].weights.shape[1])
+    resting = np.zeros(len(tables[0].signals))
     for table, pd in zip(tables, density, strict=True):
-        resting += abs(table.weights).T @ pd.abs().double().square().numpy()
+        resting += table.resting(pd.abs().double().square().numpy())
     signals = tables[0].signals.to(torch.promote_types(tables[0].signals.dtype, torch.float64))
     weighted = signals * torch.from_numpy(np.sqrt(resting / resting.max()))[:, None]
     energy, vectors = torch.linalg.eigh(weighted.T @ weighted.conj())
@@ -137,5 +194,5 @@ def signal_basis(tables: list[SignalTable], density: list[Tensor], lost: float =
     axes = vectors[:, :rank]
     single = torch.promote_types(torch.float32, tables[0].signals.dtype)
     at_nodes = (signals @ axes.conj()).numpy()  # (n, l)
-    coefficients = [torch.from_numpy((table.weights @ at_nodes).T).to(single) for table in tables]
+    coefficients = [torch.from_numpy(table.combine(at_nodes).T).to(single) for table in tables]
     return SignalBasis(axes.to(single), coefficients)
