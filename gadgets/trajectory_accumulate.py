@@ -61,7 +61,9 @@ class TrajectoryScan:
         self._partitions = phase_encoding(context.header, context.encoding, 0, notes)
         self._partition_notes = notes
         self._columns: int | None = None
-        self._imaging = TrajectoryStore(self._coils, self._dimensions)
+        announced = context.encoding.slices * self._points * self._announced_partitions
+        announced *= counter_length(context.header, "average") or 1
+        self._imaging = TrajectoryStore(self._coils, self._dimensions, announced * block.data.shape[2])
         self._calibration = TrajectoryStore(self._coils, self._dimensions)
         self._largest = np.zeros(self._dimensions)
         self._farthest = np.zeros(self._dimensions, dtype=np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,49 +21,94 @@ PIECE_BYTES = 16 << 20
 class SampleStore:
     """Samples (c, n) that can be extended along n.
 
-    They are gathered in pieces whose memory goes back to the system at once when they are copied into the
-    result, so that a scan never stands in memory twice.
+    What was expected is written where it stays. What goes beyond is gathered in pieces, whose memory goes
+    back to the system at once when they are copied into the result.
     """
 
-    def __init__(self, coils: int) -> None:
+    def __init__(self, coils: int, expected: int = 0) -> None:
+        """Make room.
+
+        Args:
+            coils: channels.
+            expected: samples to make room for; pages that are not written are not taken.
+        """
         self._coils = coils
         self._pieces: list[NDArray[np.complex64]] = []
-        self._free = 0
+        if expected:
+            # A header may announce more than there is memory; then it goes by pieces alone.
+            with suppress(MemoryError, OSError, OverflowError):
+                self._pieces.append(self._piece(expected))
+        self._used = 0
+        """Samples in the last piece."""
         self.length = 0
 
     def extend(self, samples: NDArray[np.complex64]) -> None:
         """Append readouts (readout, c, sample) one after the other."""
-        flat = samples.transpose(1, 0, 2).reshape(self._coils, -1)
-        done = 0
-        while done < flat.shape[1]:
-            if not self._free:
-                self._pieces.append(self._piece())
-                self._free = self._pieces[-1].shape[1]
-            piece = self._pieces[-1]
-            start = piece.shape[1] - self._free
-            part = flat[:, done : done + self._free]
-            piece[:, start : start + part.shape[1]] = part
-            self._free -= part.shape[1]
-            done += part.shape[1]
-        self.length += flat.shape[1]
+        count, _, points = samples.shape
+        added = count * points
+        self.length += added
+        if self._pieces and added <= self._pieces[-1].shape[1] - self._used:
+            place = self._pieces[-1][:, self._used : self._used + added]
+            place.reshape(self._coils, count, points)[...] = samples.transpose(1, 0, 2)
+            self._used += added
+            return
+        flat = samples.transpose(1, 0, 2).reshape(self._coils, added)
+        while flat.shape[1]:
+            if not self._pieces or self._used == self._pieces[-1].shape[1]:
+                self._pieces.append(self._piece(max(1, PIECE_BYTES // (8 * self._coils))))
+                self._used = 0
+            part = flat[:, : self._pieces[-1].shape[1] - self._used]
+            self._pieces[-1][:, self._used : self._used + part.shape[1]] = part
+            self._used += part.shape[1]
+            flat = flat[:, part.shape[1] :]
 
-    def _piece(self) -> NDArray[np.complex64]:
-        row = self._coils * 8
-        points = max(1, PIECE_BYTES // row)
-        memory = mmap.mmap(-1, points * row)
+    def _piece(self, points: int) -> NDArray[np.complex64]:
+        memory = mmap.mmap(-1, 8 * self._coils * points, access=mmap.ACCESS_COPY)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel built without them; they only make the first writing faster
+                memory.madvise(mmap.MADV_HUGEPAGE)
         return np.frombuffer(memory, dtype=np.complex64).reshape(self._coils, points)
 
     def finish(self) -> NDArray[np.complex64]:
         """The samples (c, n), contiguous. The store is empty afterwards."""
-        result = np.empty((self._coils, self.length), dtype=np.complex64)
-        pieces, self._pieces, start = self._pieces[::-1], [], 0
+        pieces, self._pieces, length = self._pieces[::-1], [], self.length
+        self._used = self.length = 0
+        if len(pieces) == 1:
+            return _leading_columns(pieces[0], length)
+        result = np.empty((self._coils, length), dtype=np.complex64)
+        start = 0
         while pieces:
             piece = pieces.pop()
-            kept = min(piece.shape[1], self.length - start)
+            kept = min(piece.shape[1], length - start)
             result[:, start : start + kept] = piece[:, :kept]
             start += kept
-        self._free = self.length = 0
         return result
+
+
+def _leading_columns(array: NDArray[np.complex64], columns: int) -> NDArray[np.complex64]:
+    """The leading columns as a contiguous array in the memory of ``array``, which they overwrite."""
+    rows, room = array.shape
+    flat = array.reshape(-1)
+    if columns < room:
+        memory = _memory_of(array)
+        for row in range(1, rows):
+            flat[row * columns : (row + 1) * columns] = flat[row * room : row * room + columns]
+            # Pages between the end of what has been moved and the next row are given back.
+            start = -(-8 * (row + 1) * columns // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = 8 * (row + 1) * room // mmap.PAGESIZE * mmap.PAGESIZE
+            if start < end and hasattr(mmap, "MADV_DONTNEED"):
+                memory.madvise(mmap.MADV_DONTNEED, start, end - start)
+    return flat[: rows * columns].reshape(rows, columns)
+
+
+def _memory_of(array: NDArray[np.complex64]) -> mmap.mmap:
+    """The mapping that an array was made of."""
+    owner: object = array
+    while isinstance(owner, np.ndarray | memoryview):
+        owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
+    if not isinstance(owner, mmap.mmap):
+        raise TypeError(f"the array lies in a {type(owner).__name__}, not in a mapping")
+    return owner
 
 
 @dataclass(frozen=True)
@@ -88,8 +134,9 @@ class Readouts:
 class TrajectoryStore:
     """Readouts in the order in which they came."""
 
-    def __init__(self, coils: int, dimensions: int) -> None:
-        self._samples = SampleStore(coils)
+    def __init__(self, coils: int, dimensions: int, expected: int = 0) -> None:
+        """Prepare for ``expected`` samples; more may come."""
+        self._samples = SampleStore(coils, expected)
         self._trajectory = GrowingRows((dimensions,), np.float32)
         self._density: GrowingRows[np.float32] | None = None
         self._readout_length = GrowingRows((), np.int64)
