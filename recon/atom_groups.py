@@ -164,6 +164,7 @@ def similar_atoms(atoms: Tensor, groups: int) -> list[Tensor]:
         about = real[members].double()
         about = about - about.mean(0)
         axis = torch.linalg.eigh(about.T @ about).eigenvectors[:, -1]
+        axis = axis * axis[axis.abs().argmax()].sgn()  # its sign is the library's whim
         order = (about @ axis).argsort(stable=True)
         left = pieces // 2
         cut = len(members) * left // pieces

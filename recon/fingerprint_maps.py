@@ -47,6 +47,11 @@ def fingerprint_maps(
     mask = signal_mask(torch.linalg.vector_norm(images, dim=-1).cpu(), mask_threshold)  # (z, y, x)
     mask |= ~finite.cpu()  # so that they count among those that failed
     inside, finite = images[mask.to(images.device)], finite[mask.to(images.device)]  # (v, k), (v,)
+    if mixing is not None and mixing.is_complex() and not bool(mixing.imag.any()):
+        mixing = mixing.real
+    if mixing is not None and mixing.shape[0] == mixing.shape[1]:
+        # Turned back, the atoms stay real, which halves the arithmetic.
+        inside, mixing = inside @ mixing.to(inside).T, None
     table = dictionary_table(problem.dictionary, problem.basis, mixing).to(inside.device)
     b1 = None if problem.b1 is None else problem.b1.to(table)[mask.to(table.device)].nan_to_num(1.0, 1.0, 1.0)
     found = match_fingerprints(inside, problem.dictionary, table, b1, groups)
