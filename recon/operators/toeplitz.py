@@ -80,7 +80,7 @@ class ToeplitzSense(LinearOperator):
         self._mixing = self._within_span(mixing)  # (r, k)
         self._kernels, self._centre = self._build()
         if working_set is None:
-            working_set = 1_000_000_000 if csm.is_cuda else 6_500_000 * torch.get_num_threads()
+            working_set = 1_000_000_000 if csm.is_cuda else 3_300_000 * torch.get_num_threads()
         coil = 2 * self._mixing.shape[0] * csm[:, 0].numel() * csm.element_size()
         self._batch = max(1, working_set // coil)
 
@@ -279,15 +279,14 @@ def adjoint_images(
     if fourier is None:
         fourier = _fourier(sums, csm)
     mixing = mixing.to(csm)
-    nx, coils, nz, ny = csm.shape
-    result = csm.new_zeros(nx, mixing.shape[1], nz, ny)
-    for coil in range(coils):
+    conjugates = csm.permute(1, 2, 3, 0).conj().resolve_conj().contiguous()  # (c, z, y, x)
+    result = csm.new_zeros(mixing.shape[1], *conjugates.shape[1:])
+    for coil, conjugate in enumerate(conjugates):
         data = mixing.mH @ sums.projected[:, coil].to(csm)  # (k, n)
         if weights is not None:
             data = data * weights.to(csm.real)
-        images = fourier.adjoint(data)  # (k, z, y, x)
-        result.addcmul_(images.permute(3, 0, 1, 2), csm[:, coil, None].conj())
-    return result
+        result.addcmul_(fourier.adjoint(data), conjugate)
+    return result.permute(3, 0, 1, 2).contiguous()
 
 
 def _fourier(sums: TrajectorySums, csm: Tensor) -> NonuniformFourier:
