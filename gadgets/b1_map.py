@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context
+from quantitron.gadgets.header import counter_length
 
 PLAUSIBLE = (0.2, 2.0)
 """Actual over nominal flip angle outside of which a map is taken for something else (degrees, per cent)."""
@@ -48,10 +49,9 @@ def read_b1_map(path: str, context: Context) -> Tensor:
         raise ScanError(
             f"the B1 map {path} is {shape}, the images are {' x '.join(map(str, grid))} (z, y, x)"
         )
-    if len(values) != context.encoding.slices:
-        raise ScanError(
-            f"the B1 map {path} holds {len(values)} slices, the scan has {context.encoding.slices}"
-        )
+    announced = counter_length(context.header, "slice")
+    if announced is not None:
+        check_slices(values, announced)
     if np.iscomplexobj(values) or values.dtype.kind not in "fiu":
         raise ScanError(f"the B1 map {path} holds {values.dtype} values, not real numbers")
     wrong = int(np.count_nonzero(~np.isfinite(values)))
@@ -64,6 +64,16 @@ def read_b1_map(path: str, context: Context) -> Tensor:
             f"{PLAUSIBLE[0]:g}..{PLAUSIBLE[1]:g}"
         )
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+
+def check_slices(b1: Tensor | NDArray[np.generic], slices: int) -> None:
+    """Refuse a map (s, z, y, x) of another number of slices than the scan's.
+
+    Raises:
+        ScanError: if it is one.
+    """
+    if len(b1) != slices:
+        raise ScanError(f"the B1 map holds {len(b1)} slices, the scan has {slices}")
 
 
 def _read(path: Path) -> NDArray[np.generic]:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from quantitron.gadgets.b1_map import check_slices
 from quantitron.gadgets.dictionary_cache import cached_dictionary
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget, SliceProblem
@@ -186,6 +187,8 @@ def _log_progress() -> Callable[[float], None]:
 def _fingerprints(scan: ScanData, kspace: TrajectoryKSpace, context: Context) -> Iterator[FingerprintProblem]:
     if context.dictionary is None or context.basis is None:
         raise ScanError(f"basis: a scan on a trajectory is no {context.protocol.sequence}")
+    if context.b1 is not None:
+        check_slices(context.b1, context.encoding.slices)
     for index in range(context.encoding.slices):
         calibration = scan.calibration
         if isinstance(calibration, TrajectoryKSpace):

@@ -74,10 +74,10 @@ class TrajectoryScan:
     # ------------------------------------------------------------------------------------------------ input
 
     def add(self, block: AcquisitionBlock, chosen: NDArray[np.bool_], energy: NDArray[np.float64]) -> None:
-        """Take the chosen readouts of a block.
+        """Take the chosen readouts of a block, whose energies (n,) are given.
 
         Raises:
-            ScanError: for readouts without a trajectory or with one of another dimension, a changing number
+            ScanError: for readouts without samples or trajectory or with one of another dimension, a changing number
                 of channels, values that are not finite, and counters beyond their limits.
         """
         if block.mixing is not None or (block.head["discard_pre"] | block.head["discard_post"])[chosen].any():
@@ -131,6 +131,8 @@ class TrajectoryScan:
             raise ScanError(
                 f"acquisition {number} has {channels} channels, the ones before have {self._coils}"
             )
+        if not block.data.shape[2]:
+            raise ScanError(f"acquisition {number} has no samples")
         if columns == 0:
             raise ScanError(
                 f"acquisition {number} has no trajectory, which a scan that is not Cartesian needs"

@@ -276,6 +276,17 @@ def test_a_b1_map_of_one_slice_may_leave_the_slice_axis_out(tmp_path):
     assert made.context.b1.shape == (1, 1, 16, 16)
 
 
+def test_slices_that_nobody_announced_are_counted_at_the_end(tmp_path):
+    np.save(tmp_path / "b1.npy", np.ones((2, 1, 16, 16)))
+    header = make_header(images(), fingerprint())
+    header.encoding[0].encodingLimits.slice = None
+    options = {"reconstruct": b1_property(tmp_path / "b1.npy"), "b1_range": (0.8, 1.2), "b1_points": 3}
+    assert len(list(chain(header, **options)(numbered(whole_scan(points=6, slices=2))))) == 8
+    made = chain(header, **options)
+    with pytest.raises(ScanError, match="the B1 map holds 2 slices, the scan has 3"):
+        list(made(numbered(whole_scan(points=6, slices=3))))
+
+
 GOOD = np.ones((2, 1, 16, 16))
 
 
