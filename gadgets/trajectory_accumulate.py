@@ -77,8 +77,8 @@ class TrajectoryScan:
         """Take the chosen readouts of a block, whose energies (n,) are given.
 
         Raises:
-            ScanError: for readouts without samples or trajectory or with one of another dimension, a changing number
-                of channels, values that are not finite, and counters beyond their limits.
+            ScanError: for readouts without samples or trajectory or with one of another dimension, a changing
+                number of channels, values that are not finite, and counters beyond their limits.
         """
         if block.mixing is not None or (block.head["discard_pre"] | block.head["discard_post"])[chosen].any():
             raise ScanError("the pipeline needs the gadget remove_oversampling before accumulate")
