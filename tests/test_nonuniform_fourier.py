@@ -79,6 +79,26 @@ def test_a_large_grid_in_single_precision() -> None:
     assert (quick(image) - expected).norm() < 3e-5 * expected.norm()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("dtype", "error"), [(torch.complex64, 1e-5), (torch.complex128, 1e-10)])
+def test_gpu_gives_the_same(name: str, dtype: torch.dtype, error: float) -> None:
+    pytest.importorskip("cufinufft")
+    grid, columns = CASES[name]
+    points = trajectory(columns)
+    operator = NonuniformFourier(points.cuda(), grid)
+    image = images(3, *grid, dtype=dtype)
+    expected = direct(points, image)
+    samples = operator(image.cuda())
+    assert samples.is_cuda
+    assert (samples.cpu() - expected).norm() < error * expected.norm()
+    one = operator(image[:1].cuda()).cpu()
+    assert (one - expected[:1]).norm() < error * expected.norm()
+    back = operator.adjoint(samples).cpu()
+    there = NonuniformFourier(points, grid).adjoint(samples.cpu())
+    assert (back - there).norm() < 2 * error * there.norm()
+
+
 def test_many_images_at_once_are_the_same() -> None:
     operator = NonuniformFourier(trajectory(2), (1, 8, 6))
     image = images(130, 1, 8, 6)
