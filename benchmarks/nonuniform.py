@@ -177,8 +177,8 @@ def transforms(scan: Scan, repeats: int, without: list[str]) -> None:
     samples = fourier(images)
     back = fourier.adjoint(samples)
     tasks = f"NUFFT, {coils} images"
-    quick = NonuniformFourier(scan.distinct, scan.grid, 3e-5)
-    for name, operator in (("quantitron 1e-5", fourier), ("quantitron 3e-5", quick)):
+    quick = NonuniformFourier(scan.distinct, scan.grid, 5e-5)
+    for name, operator in (("quantitron 1e-5", fourier), ("quantitron 5e-5", quick)):
         forward, adjoint = operator(images), operator.adjoint(samples)
         row(
             f"{tasks}, forward",
@@ -252,7 +252,7 @@ def operators(scan: Scan, repeats: int, without: list[str], threads: int) -> Non
     row(f"{task}: A^H A", "quantitron Toeplitz", seconds(lambda: operator(data), repeats))
     applied = operator(data)
 
-    fourier = NonuniformFourier(scan.distinct, scan.grid, 3e-5)
+    fourier = NonuniformFourier(scan.distinct, scan.grid, 5e-5)
     gram = sums.gram[sums.readout].to(torch.complex64)  # (n, k, k)
     images = images_of(data)[:, None] * scan.csm  # (k, c, y, x)
 

@@ -75,8 +75,10 @@ def test_a_large_grid_in_single_precision() -> None:
     image = images(1, 200, 192, dtype=torch.complex64)
     expected = direct(points, image)
     assert (NonuniformFourier(points, (1, 200, 192))(image) - expected).norm() < 1e-5 * expected.norm()
-    quick = NonuniformFourier(points, (1, 200, 192), tolerance=3e-5)
-    assert (quick(image) - expected).norm() < 3e-5 * expected.norm()
+    quick = NonuniformFourier(points, (1, 200, 192), tolerance=5e-5)
+    assert (quick(image) - expected).norm() < 5e-5 * expected.norm()
+    back = NonuniformFourier(points, (1, 200, 192)).adjoint(expected)
+    assert (quick.adjoint(expected.to(torch.complex64)) - back).norm() < 5e-5 * back.norm()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
