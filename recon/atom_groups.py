@@ -81,17 +81,18 @@ class AtomGroups:
         sizes = torch.tensor([len(group) for group in self._members], device=signals.device)
         for start in range(0, len(signals), rows):
             part = signals[start : start + rows]
-            norm = torch.linalg.vector_norm(part, dim=1, keepdim=True)
-            part = part / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+            # The signals stay as they are: divided by their norm, ties would fall otherwise than in ``best``.
+            norm = torch.linalg.vector_norm(part, dim=1)
             near = _squared_correlation(_parts(part, centres), centres.conj().resolve_conj().T)  # (v, g)
             first = near.argmax(1)
             every = torch.arange(len(part), device=part.device)
             best, found = self._search(part, every, first, working_set)
             # cos(beta + rho): a group whose centre is farther than this holds nothing better.
-            cos_beta = best.clamp(0, 1).sqrt()
-            sin_beta = (1 - best + _ROUNDING).clamp_min(0).sqrt()
+            squared = best / norm.square().clamp_min(torch.finfo(norm.dtype).tiny)
+            cos_beta = squared.clamp(0, 1).sqrt()
+            sin_beta = (1 - squared + _ROUNDING).clamp_min(0).sqrt()
             least = torch.stack([cos_beta, -sin_beta], 1) @ torch.stack([cosine, sine])  # (v, g)
-            could = near >= (least - _ROUNDING).clamp_min_(0).square_()
+            could = near >= ((least - _ROUNDING).clamp_min_(0) * norm[:, None]).square_()
             could[every, first] = False
             voxel, group = could.nonzero().unbind(1)
             work += int(sizes[first].sum() + sizes[group].sum())
