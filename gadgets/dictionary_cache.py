@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -42,6 +43,8 @@ FOLDER_VARIABLE = "QUANTITRON_CACHE"
 _LAYOUT = 1
 """Raised whenever the arrays of a file change their meaning."""
 _NAMES = tuple(entry.name for entry in fields(FingerprintDictionary))
+_ABANDONED_AFTER = 3600.0
+"""Age [s] of an unfinished file from which on nobody is writing it any more."""
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -207,10 +210,17 @@ def _write(path: Path, dictionary: FingerprintDictionary) -> None:
         logger.warning("the dictionary cannot be kept (%s)", error)
         if unfinished is not None:
             _remove(unfinished)
+        return
+    for part in path.parent.glob("*.part"):  # of processes that were killed
+        _remove(part, _ABANDONED_AFTER)
 
 
-def _remove(unfinished: Path) -> None:
+def _remove(unfinished: Path, age: float = -math.inf) -> None:
+    """Delete an unfinished file if it is older than ``age`` [s]."""
     try:
-        unfinished.unlink(missing_ok=True)
+        if time.time() - unfinished.stat().st_mtime > age:
+            unfinished.unlink()
+    except FileNotFoundError:
+        logger.debug("%s was already removed", unfinished.name)
     except OSError as error:
-        logger.warning("%s is left over (%s)", unfinished, error)
+        logger.warning("%s is left over (%s)", unfinished.name, error)

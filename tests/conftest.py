@@ -1,11 +1,22 @@
-"""Makes the bare checkout importable as ``quantitron`` where it is not installed."""
+"""Makes the bare checkout importable where it is not installed; keeps tests out of the user's cache."""
 
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 if "quantitron" not in sys.modules:
     package = types.ModuleType("quantitron")
     package.__path__ = [str(ROOT)]
     sys.modules["quantitron"] = package
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _dictionaries_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests neither fill the user's cache of fingerprint dictionaries nor take anything from it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTITRON_CACHE", str(tmp_path_factory.mktemp("dictionaries")))
+        yield

@@ -4,6 +4,7 @@ import hashlib
 import io
 import logging
 import math
+import os
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -198,6 +199,16 @@ def test_a_full_disk_is_no_failure_and_leaves_nothing_behind(tmp_path, caplog, m
     _cached(tmp_path)
     assert "No space left on device" in caplog.text
     assert not list(tmp_path.iterdir())
+
+
+def test_files_of_killed_writers_are_removed_and_those_of_others_left(tmp_path):
+    old, new = tmp_path / "old.part", tmp_path / "new.part"
+    old.write_bytes(b"half")
+    new.write_bytes(b"half")
+    os.utime(old, (1e9, 1e9))
+    _cached(tmp_path)
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".npz", ".part"]
+    assert new.exists()
 
 
 def test_a_file_that_cannot_be_read_is_no_failure(tmp_path, caplog):

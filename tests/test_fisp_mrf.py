@@ -250,11 +250,14 @@ def test_fast_path_equals_the_plain_one(phase, dtype, error):
     assert _relative(found, expected).max() < error
 
 
-def test_extreme_times_and_angles_stay_finite_and_right():
-    protocol = _schedule(60, flip_angle=(0.0, math.pi, math.pi / 2, 1e-5) * 15, repetition_time=(0.5,))
-    t1 = torch.tensor([1e-6, 1e-3, 1e-3, 5.0, 1e3])
-    t2 = torch.tensor([1e-7, 1e-6, 1e-3, 1e-6, 1e3])
-    ones = torch.ones(5)
+@pytest.mark.parametrize("repetition_time", [(0.5,), (0.004, 0.01, 3.0) * 20])
+def test_extreme_times_and_angles_stay_finite_and_right(repetition_time):
+    protocol = _schedule(
+        60, flip_angle=(0.0, math.pi, math.pi / 2, 1e-5, 0.7) * 12, repetition_time=repetition_time
+    )
+    t1 = torch.tensor([1e-6, 1e-3, 1e-3, 5.0, 1e3, 0.5])
+    t2 = torch.tensor([1e-7, 1e-6, 1e-3, 1e-6, 1e3, 0.05])
+    ones = torch.ones(6)
     expected = differentiable_signal(
         t1.double(), t2.double(), None, ones.double(), pulse_train(protocol), 100
     )

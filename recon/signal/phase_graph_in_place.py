@@ -119,8 +119,8 @@ def _simulate(atoms: _Atoms, place: Tensor, train: PulseTrain, states: int, resu
     """
     voxels, pulses, kind, device = len(place), train.pulses, result.dtype, result.device
     largest = max(train.orders(pulse, states) for pulse in range(pulses))
-    # At twice the largest exponent nothing is left after one repetition: faster makes no difference.
-    fastest = 2 * _LARGEST_EXPONENT / max(train.repetition_time)
+    # At twice the largest exponent nothing is left after any repetition: faster makes no difference.
+    fastest = 2 * _LARGEST_EXPONENT / min(train.repetition_time)
     rate1, rate2 = ((1 / time).clamp(max=fastest) for time in (atoms.t1, atoms.t2))
     clock = _Clock(train, float(torch.maximum(rate1.max(), rate2.max())))
     # P moves down its buffer by a row each pulse and M up: order 0 is row pulses - 1 - pulse, row pulse.
