@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from quantitron.recon.data import ReducedKSpace
+from quantitron.recon.data import ReducedKSpace, TrajectorySums
 
 _QUANTILE = 0.1
 
@@ -35,9 +36,36 @@ def noise_variance(reduced: ReducedKSpace, outermost: float = 0.15) -> float:
     edge = torch.quantile(radius[acquired].double(), 1 - outermost, interpolation="lower")
     chosen = acquired & (radius.double() >= edge)
     weight = reduced.gram[chosen].diagonal(dim1=-2, dim2=-1).real  # (point, l)
+    return _from_sums(weight, reduced.projected[chosen])
+
+
+def trajectory_noise_variance(sums: TrajectorySums, outermost: float = 0.15) -> float:
+    """Noise variance E|n|^2 of one sample of a scan on any trajectory, likewise.
+
+    Args:
+        sums: of one slice.
+        outermost: share of the points that is used, those furthest from the centre.
+
+    Returns:
+        variance in the units of the data.
+    """
+    radius = sums.trajectory.double().square().sum(1)
+    edge = torch.quantile(radius[:: max(1, len(radius) // 1_000_000)], 1 - outermost)
+    chosen = (radius >= edge).nonzero()[:, 0]
+    weight = sums.gram.diagonal(dim1=1, dim2=2).real[sums.readout[chosen]]  # (point, l)
+    return _from_sums(weight, sums.projected[:, :, chosen].permute(2, 0, 1)[..., None])
+
+
+def _from_sums(weight: Tensor, projected: Tensor) -> float:
+    """Variance from points that hold noise for the most part.
+
+    Args:
+        weight: (point, l) diagonal of G.
+        projected: (point, l, c, x) b.
+    """
     strongest = weight.argmax(1)  # the component that these lines measure best
     point = torch.arange(len(strongest))
-    samples = reduced.projected[chosen][point, strongest]  # (point, c, x)
+    samples = projected[point, strongest]  # (point, c, x)
     # b_l is a sum of noise weighted with psi_l; its variance is G_ll times that of a sample.
     power = samples.abs().square() / weight[point, strongest][:, None, None]
     values = np.asarray(power.flatten())

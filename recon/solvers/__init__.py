@@ -1,16 +1,24 @@
 """One file a method; SOLVERS lists them all."""
 
-from quantitron.recon.solvers.llr import LocallyLowRank
+from quantitron.recon.solvers.joint_inr import JointINR
+from quantitron.recon.solvers.llr import FingerprintLocallyLowRank, LocallyLowRank
 from quantitron.recon.solvers.lorein import LoREIN
 from quantitron.recon.solvers.lrt import LowRankTensor
-from quantitron.recon.solvers.lrtv import LowRankTotalVariation
+from quantitron.recon.solvers.lrtv import FingerprintTotalVariation, LowRankTotalVariation
 from quantitron.recon.solvers.model_based import ModelBased
+from quantitron.recon.solvers.mrf_admm import FingerprintAdmm
 from quantitron.recon.solvers.solver import Solver
-from quantitron.recon.solvers.subspace import Subspace
+from quantitron.recon.solvers.subspace import FingerprintSubspace, Subspace
 from quantitron.recon.solvers.summit import Summit
+from quantitron.recon.solvers.svdmrf import SvdMrf
 
 __all__ = [
     "SOLVERS",
+    "FingerprintAdmm",
+    "FingerprintLocallyLowRank",
+    "FingerprintSubspace",
+    "FingerprintTotalVariation",
+    "JointINR",
     "LoREIN",
     "LocallyLowRank",
     "LowRankTensor",
@@ -19,6 +27,7 @@ __all__ = [
     "Solver",
     "Subspace",
     "Summit",
+    "SvdMrf",
 ]
 
 SOLVERS: tuple[type[Solver], ...] = (
@@ -29,5 +38,11 @@ SOLVERS: tuple[type[Solver], ...] = (
     ModelBased,
     LoREIN,
     Summit,
+    SvdMrf,
+    FingerprintSubspace,
+    FingerprintLocallyLowRank,
+    FingerprintTotalVariation,
+    FingerprintAdmm,
+    JointINR,
 )
-"""Every method that the XML can name."""
+"""Every method that the XML can name; two of one name reconstruct different sequences."""

@@ -119,9 +119,6 @@ class CoefficientSolver(Solver):
 
     Scans of low noise take more steps: more of what the equations say is true."""
 
-    def __post_init__(self) -> None:
-        """Refuse settings that do not fit each other; subclasses add theirs."""
-
     def settle(
         self,
         operator: NormalOperator,

@@ -191,10 +191,11 @@ class _Fit:
         matrix = tuple(shape[axis] for axis in axes)
         coordinates = grid_coordinates(matrix, tuple(voxel_size[axis] for axis in axes))
         coordinates = coordinates[mask.flatten().cpu()]
-        layout = _layout(matrix, settings)
+        layout = grid_layout(matrix, settings)
         self.network = JointNetwork(layout, target.shape[1], settings, generator, target.device, coordinates)
         self.samples = self.network.encoding.samples(coordinates.to(target.device))
-        size = target.abs().square().mean(0).clamp_min(torch.finfo(target.real.dtype).tiny).sqrt()  # (k,)
+        square = target.abs().square() if weight is None else weight * target.abs().square()
+        size = square.mean(0).clamp_min(torch.finfo(target.real.dtype).tiny).sqrt()  # (k,)
         # Images are counted in units in which all their components together have a mean square of 1.
         scale = size**settings.whitening * size.square().sum().sqrt() ** (1 - settings.whitening)
         self.scale = torch.cat((scale, scale))
@@ -279,7 +280,7 @@ class _Fit:
         return solved.to(right_hand_side)
 
 
-def _layout(matrix: tuple[int, ...], settings: JointFitSettings) -> HashGridLayout:
+def grid_layout(matrix: tuple[int, ...], settings: JointFitSettings) -> HashGridLayout:
     """The hash grid of a matrix, as fine along each axis as along the longest one."""
     finest = max(settings.cells_per_voxel * max(matrix), settings.base_resolution)
     # Half a cell less, so that rounding in single precision never changes the finest resolution.
@@ -311,6 +312,7 @@ def _smooth_phase(image: Tensor, mask: Tensor, width: float) -> Tensor:
         windows = padded.unfold(-1, 2 * reach + 1, 1)  # (2, ..., size, window)
         both = windows @ kernel
         smooth = torch.complex(both[0].contiguous(), both[1].contiguous()).movedim(-1, axis)
-    size = smooth.abs()
+    modulus = smooth.abs()
     ones = torch.ones_like(image)
-    return torch.where(mask & (size > 0), smooth / size.clamp_min(torch.finfo(size.dtype).tiny), ones)
+    unit = smooth / modulus.clamp_min(torch.finfo(modulus.dtype).tiny)
+    return torch.where(mask & (modulus > 0), unit, ones)

@@ -31,6 +31,7 @@ from quantitron.recon.algorithms.power_iteration import largest_eigenvalue
 from quantitron.recon.priors.low_rank import BlockLowRank, BlockPrecision
 from quantitron.recon.solvers.cartesian import CartesianSolver
 from quantitron.recon.solvers.coefficient_solver import CoefficientEstimate, CoefficientSolver
+from quantitron.recon.solvers.fingerprint import FingerprintSolver
 from quantitron.recon.solvers.solver import Progress
 
 
@@ -135,5 +136,12 @@ class LowRankBlocks(CoefficientSolver):
 @dataclass(frozen=True)
 class LocallyLowRank(LowRankBlocks, CartesianSolver):
     """Settings for Cartesian scans."""
+
+    name: ClassVar[str] = "llr"
+
+
+@dataclass(frozen=True)
+class FingerprintLocallyLowRank(LowRankBlocks, FingerprintSolver):
+    """Settings for fingerprints."""
 
     name: ClassVar[str] = "llr"

@@ -36,6 +36,7 @@ from quantitron.recon.solvers.coefficient_solver import (
     CoefficientEstimate,
     CoefficientSolver,
 )
+from quantitron.recon.solvers.fingerprint import FingerprintSolver
 from quantitron.recon.solvers.solver import Progress
 
 SPLITTING_PENALTY = 0.1
@@ -148,5 +149,12 @@ class SharedEdges(CoefficientSolver):
 @dataclass(frozen=True)
 class LowRankTotalVariation(SharedEdges, CartesianSolver):
     """Settings for Cartesian scans."""
+
+    name: ClassVar[str] = "lrtv"
+
+
+@dataclass(frozen=True)
+class FingerprintTotalVariation(SharedEdges, FingerprintSolver):
+    """Settings for fingerprints."""
 
     name: ClassVar[str] = "lrtv"

@@ -21,6 +21,9 @@ class Solver:
     sequences: ClassVar[tuple[str, ...]] = ()
     """Sequences that it can reconstruct."""
 
+    def __post_init__(self) -> None:
+        """Refuse settings that do not fit each other; subclasses add theirs."""
+
     @property
     def needs_lines(self) -> bool:
         """Whether the sampled lines are needed beside their reduced form; settings may decide."""

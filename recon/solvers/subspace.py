@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantitron.recon.solvers.cartesian import CartesianSolver
 from quantitron.recon.solvers.coefficient_solver import CoefficientEstimate, CoefficientSolver
+from quantitron.recon.solvers.fingerprint import FingerprintSolver
 from quantitron.recon.solvers.solver import Progress
 
 
@@ -30,5 +31,12 @@ class Linear(CoefficientSolver):
 @dataclass(frozen=True)
 class Subspace(Linear, CartesianSolver):
     """Settings for Cartesian scans."""
+
+    name: ClassVar[str] = "subspace"
+
+
+@dataclass(frozen=True)
+class FingerprintSubspace(Linear, FingerprintSolver):
+    """Settings for fingerprints."""
 
     name: ClassVar[str] = "subspace"

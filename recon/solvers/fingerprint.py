@@ -1,0 +1,224 @@
+"""What the solvers of fingerprints share: coil maps, a learnt basis, a first estimate, matching.
+
+    minimise over U:   1/2 sum_t ||s_t - F_t C Psi_t U||^2 + regularisation noise / 2 ||U||_P^2
+
+F_t is the Fourier transform to the trajectory of time point t, U the coefficient images in the dictionary's
+basis Psi and P the covariance expected of them: at each voxel that of the components times the signal energy
+there, between voxels a correlation over some millimetres. As for Cartesian scans (``cartesian.py``) a first
+estimate with the dictionary's variances tells those of the scan, and the axes of its signals; the second is
+made with them. Readouts of equal trajectory are summed beforehand and A^H A is a convolution: no step depends
+on the number of time points (METHODS 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantitron.recon.coefficient_basis import CoefficientBasis, learnt_basis
+from quantitron.recon.coils import energy_on_grid
+from quantitron.recon.data import FingerprintProblem, Maps, TrajectorySums
+from quantitron.recon.fingerprint_basis import fingerprint_basis
+from quantitron.recon.fingerprint_maps import fingerprint_maps
+from quantitron.recon.masks import signal_mask
+from quantitron.recon.noise import trajectory_noise_variance
+from quantitron.recon.operators.toeplitz import ToeplitzSense
+from quantitron.recon.priors.gaussian_field import GaussianField
+from quantitron.recon.signal_energy import smoothed_energy, with_floor
+from quantitron.recon.solvers.coefficient_solver import CoefficientEstimate, CoefficientSolver
+from quantitron.recon.solvers.solver import Progress, Solver
+from quantitron.recon.trajectory_coils import centre_block, trajectory_coil_maps
+from quantitron.recon.trajectory_gram import sum_readouts
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a scan tells before any estimate."""
+
+    sums: TrajectorySums
+    """The data, readouts of equal trajectory summed."""
+    basis: CoefficientBasis
+    """The dictionary's, mixing (1, l, k), turned to the principal axes of tissue."""
+    noise: float
+    """Variance of one complex sample."""
+    csm: Tensor
+    """(x, c, z, y) coil maps."""
+    energy: Tensor
+    """(z, y, x) signal energy of each voxel, of low resolution, from the k-space centre."""
+
+
+@dataclass(frozen=True)
+class FingerprintEstimate(CoefficientEstimate):
+    """The linear estimate of a fingerprint scan."""
+
+    operator: ToeplitzSense
+    """A^H A in the learnt basis."""
+    basis: CoefficientBasis
+    """The learnt basis, mixing (1, l, k): its components are uncorrelated over the object."""
+    sums: TrajectorySums
+    """What the data were reduced to."""
+
+
+@dataclass(frozen=True)
+class FingerprintMethod(Solver):
+    """Settings of what comes before and after the coefficient images, whatever makes those."""
+
+    sequences: ClassVar[tuple[str, ...]] = ("fisp_mrf",)
+
+    t1_range: tuple[float, float] = field(default=(0.4, 4.5), metadata={"above": 0})
+    """T1 [s] of the tissue that is expected; it sets variances before any are known, not what is matched."""
+    t2_range: tuple[float, float] = field(default=(0.03, 2.0), metadata={"above": 0})
+    """T2 [s] that is expected."""
+    mask_threshold: float = field(default=0.05, metadata={"minimum": 0})
+    """Amplitude below this share of the brightest tissue counts as background."""
+    match_groups: int = field(default=256, metadata={"minimum": 0})
+    """Groups of atoms for fast matching (Cauley 2015); 0 compares with every atom."""
+    off_grid: bool = True
+    """Whether T1 and T2 are refined between the dictionary's values."""
+    standard_deviations: bool = False
+    """Whether maps of the standard deviations are delivered too."""
+
+    def __post_init__(self) -> None:
+        """Refuse ranges that are none.
+
+        Raises:
+            ValueError: if the end of a range is not above its start.
+        """
+        for name in ("t1_range", "t2_range"):
+            low, high = getattr(self, name)
+            if not low < high:
+                raise ValueError(f"{name} runs from {low:g} to {high:g} s; its end must be above its start")
+
+    def prepare(self, problem: FingerprintProblem, progress: Progress) -> Prepared:
+        """Sum the readouts, and find what the scan tells without an estimate."""
+        progress("summing readouts", 0.0)
+        sums = sum_readouts(problem.kspace, problem.basis)
+        noise = 1.0 if problem.noise_known else trajectory_noise_variance(sums)
+        basis = fingerprint_basis(
+            problem.basis, problem.dictionary, {"t1": self.t1_range, "t2": self.t2_range}
+        )
+        progress("coil maps", 0.02)
+        csm = trajectory_coil_maps(sums, basis, noise, problem.calibration)
+        energy = energy_on_grid(centre_block(sums, basis, noise), sums.grid)  # (z, y, x)
+        return Prepared(sums, basis, noise, csm.to(problem.device), with_floor(energy))
+
+    def matched(
+        self,
+        coefficients: Tensor,
+        basis: CoefficientBasis,
+        problem: FingerprintProblem,
+        residual_to_noise: float = float("nan"),
+    ) -> Maps:
+        """The final maps: the dictionary's best match to the coefficients of each voxel.
+
+        Args:
+            coefficients: U (x, k, z, y).
+            basis: of U, mixing (1, l, k).
+            problem: the slice.
+            residual_to_noise: of U, handed on.
+        """
+        # In the dictionary's own basis, which is real where the signals are: half the arithmetic of matching.
+        images = torch.einsum("lk,xkzy->xlzy", basis.mixing[0].to(coefficients), coefficients)
+        return fingerprint_maps(
+            images.cpu(),
+            None,
+            problem,
+            mask_threshold=self.mask_threshold,
+            groups=self.match_groups,
+            refine=self.off_grid,
+            rank=basis.rank,
+            retained_energy=basis.retained_energy,
+            residual_to_noise=residual_to_noise if problem.noise_known else float("nan"),
+            standard_deviations=self.standard_deviations,
+        )
+
+
+@dataclass(frozen=True)
+class FingerprintSolver(CoefficientSolver, FingerprintMethod):
+    """Settings of the linear estimate; a subclass makes its own of that."""
+
+    learning_iterations: int = field(default=12, metadata={"minimum": 0})
+    """Conjugate gradient steps of the first pass, from which the basis is learnt; 0: the dictionary's."""
+    linear_iterations: int = field(default=10, metadata={"minimum": 1})
+    """Conjugate gradient steps of the second pass."""
+    dictionary_regularisation: float = field(default=4.0, metadata={"above": 0})
+    """Factor on the penalty as long as the variances are the dictionary's."""
+    regularisation: float = field(default=1.0, metadata={"above": 0})
+    """Factor on the penalty of the second pass; 1 is the statistical estimate if the prior is exact."""
+    correlation_length: float = field(default=4e-3, metadata={"minimum": 0})
+    """Length [m] over which coefficients are expected to be alike; 0 makes voxels independent."""
+
+    def refine(self, estimate: FingerprintEstimate, seed: int, progress: Progress) -> Tensor:
+        """Coefficient images (x, k, z, y) of this method.
+
+        Args:
+            estimate: where to start.
+            seed: of everything random.
+            progress: takes the share of the refinement alone, 0..1.
+        """
+        raise NotImplementedError  # abstract
+
+    def solve(self, problem: FingerprintProblem, progress: Progress) -> Iterator[Maps]:
+        """Reconstruct one slice; yields the final maps only."""
+        estimate = self.linear_estimate(problem, progress)
+        coefficients = self.refine(
+            estimate, problem.seed, lambda doing, share: progress(doing, 0.4 + 0.45 * share)
+        )
+        residual = estimate.residual_to_noise(coefficients)
+        progress("matching", 0.85)
+        yield self.matched(coefficients, estimate.basis, problem, residual)
+        progress("done", 1.0)
+
+    def linear_estimate(self, problem: FingerprintProblem, progress: Progress) -> FingerprintEstimate:
+        """Both passes."""
+        prepared = self.prepare(problem, progress)
+        basis, noise, energy = prepared.basis, prepared.noise, prepared.energy
+        progress("point spread functions", 0.1)
+        operator = ToeplitzSense(prepared.sums, prepared.csm, basis.mixing[0].to(problem.device))
+        data = operator.adjoint_data()
+        progress("first pass", 0.15)
+        prior = self._prior(basis, energy, self.dictionary_regularisation, noise, problem)
+        start = None
+        if self.learning_iterations:
+            start = self.solve_with_prior(operator, data, prior, noise, self.learning_iterations)
+            images = torch.einsum("lk,xkzy->lzyx", basis.mixing[0], start.cpu())
+            energy = smoothed_energy(images[None])
+            mask = signal_mask(energy.sqrt(), self.mask_threshold)
+            basis, rotation = learnt_basis(basis, start.cpu(), energy.permute(2, 0, 1), mask.permute(2, 0, 1))
+            turn = rotation.mH.to(start)  # (new k, k)
+            start, data = (torch.einsum("jk,xkzy->xjzy", turn, images) for images in (start, data))
+            operator = operator.in_basis(basis.mixing[0].to(problem.device))
+            prior = self._prior(basis, energy, self.regularisation, noise, problem)
+        mask = signal_mask(energy.sqrt(), self.mask_threshold)
+        progress("second pass", 0.25)
+        coefficients = self.solve_with_prior(operator, data, prior, noise, self.linear_iterations, start)
+        dz, dy, dx = problem.encoding.voxel_size
+        return FingerprintEstimate(
+            operator=operator,
+            data=data,
+            coefficients=coefficients,
+            basis=basis,
+            sums=prepared.sums,
+            noise=noise,
+            prior=prior,
+            voxel_size=(dx, dz, dy),
+            mask=mask,
+        )
+
+    def _prior(
+        self,
+        basis: CoefficientBasis,
+        energy: Tensor,
+        regularisation: float,
+        noise: float,
+        problem: FingerprintProblem,
+    ) -> GaussianField:
+        """What is expected of U, in units of the noise, from the energy (z, y, x) of each voxel."""
+        dz, dy, dx = problem.encoding.voxel_size
+        expected = basis.variance[:, None, None] * energy.permute(2, 0, 1)[:, None]  # (x, k, z, y)
+        expected = (expected / (regularisation * noise)).to(problem.device)
+        return GaussianField(expected, (dx, dz, dy), self.correlation_length)

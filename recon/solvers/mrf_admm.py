@@ -1,0 +1,105 @@
+"""Fingerprinting between k-space and the dictionary: ADMM (Asslaender 2018).
+
+    minimise 1/2 ||s - A U||^2  subject to  U(r) = PD(r) d(T1(r), T2(r))
+
+in turns: conjugate gradients for U, pulled towards the fingerprints that were found; matching of U plus the
+multipliers; the multipliers. The set of fingerprints is not convex, and the penalty decides how quickly the
+iterates commit to atoms. METHODS 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from quantitron.recon.algorithms.admm import admm
+from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
+from quantitron.recon.data import FingerprintProblem, Maps
+from quantitron.recon.fingerprint_match import dictionary_table, match_fingerprints
+from quantitron.recon.solvers.coefficient_solver import LEAST_TOLERANCE
+from quantitron.recon.solvers.fingerprint import FingerprintEstimate, FingerprintSolver
+from quantitron.recon.solvers.solver import Progress
+
+
+@dataclass(frozen=True)
+class FingerprintAdmm(FingerprintSolver):
+    """Settings of the splitting between k-space and the dictionary."""
+
+    name: ClassVar[str] = "mrf_admm"
+
+    linear_iterations: int = field(default=4, metadata={"minimum": 1})
+    """Conjugate gradient steps of the second pass: only a start is wanted here."""
+    penalty: float = field(default=0.5, metadata={"above": 0})
+    """Pull towards the fingerprints, in units of the mean curvature of the data term."""
+    rounds: int = field(default=10, metadata={"minimum": 1})
+    """Rounds of the splitting."""
+    iterations: int = field(default=10, metadata={"minimum": 1})
+    """Conjugate gradient steps in each of them."""
+
+    def solve(self, problem: FingerprintProblem, progress: Progress) -> Iterator[Maps]:
+        """Reconstruct one slice; yields the final maps only."""
+        estimate = self.linear_estimate(problem, progress)
+        coefficients = self._split(
+            estimate, problem, lambda doing, share: progress(doing, 0.4 + 0.45 * share)
+        )
+        residual = estimate.residual_to_noise(coefficients)
+        progress("matching", 0.85)
+        yield self.matched(coefficients, estimate.basis, problem, residual)
+        progress("done", 1.0)
+
+    def _split(
+        self, estimate: FingerprintEstimate, problem: FingerprintProblem, progress: Progress
+    ) -> Tensor:
+        """U (x, k, z, y) where both agree."""
+        operator, diagonal = estimate.operator, estimate.operator.mean_diagonal()[:, None, None]
+        nearest = _Fingerprints(estimate, problem)
+
+        def closest(target: Tensor, factor: float, last: Tensor) -> Tensor:
+            return conjugate_gradient(
+                lambda u: operator(u) + factor * u,
+                estimate.data + factor * target,
+                start=last,
+                preconditioner=lambda residual: residual / (diagonal + factor),
+                iterations=self.iterations,
+                tolerance=LEAST_TOLERANCE,
+            )
+
+        def stop(_u: Tensor, iteration: int) -> bool:
+            progress("fingerprints", (iteration + 1) / self.rounds)
+            return False
+
+        return admm(
+            closest,
+            lambda images, _step: nearest(images),
+            estimate.coefficients,
+            penalty=self.penalty * float(estimate.operator.mean_diagonal().mean()),
+            iterations=self.rounds,
+            tolerance=0.0,
+            stop=stop,
+        ).x
+
+
+class _Fingerprints:
+    """The nearest fingerprint of each voxel with signal; other voxels stay as they are."""
+
+    def __init__(self, estimate: FingerprintEstimate, problem: FingerprintProblem) -> None:
+        self._mixing = estimate.basis.mixing[0]  # (l, k)
+        self._mask = estimate.mask.permute(2, 0, 1)  # (x, z, y)
+        self._dictionary = problem.dictionary
+        self._table = dictionary_table(problem.dictionary, problem.basis)  # (b, i, j, l)
+        self._b1 = None if problem.b1 is None else problem.b1.permute(2, 0, 1)[self._mask]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(x, k, z, y) -> (x, k, z, y)."""
+        values = images.permute(0, 2, 3, 1)  # (x, z, y, k)
+        mask = self._mask.to(images.device)
+        inside = values[mask] @ self._mixing.to(images).T  # (v, l)
+        found = match_fingerprints(inside, self._dictionary, self._table.to(images.device), self._b1)
+        atoms = self._table[0].flatten(0, 1).to(images.device)[found.atom]  # (v, l)
+        projected = found.pd[:, None] * atoms
+        result = values.clone()
+        result[mask] = (projected @ self._mixing.to(images).conj()).to(images.dtype)
+        return result.permute(0, 3, 1, 2)

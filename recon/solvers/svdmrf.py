@@ -1,0 +1,64 @@
+"""Fingerprinting without iterations: the density-compensated adjoint in the subspace, then matching.
+
+    U = sum_c C_c^* F^H W Psi^H s_c
+
+W are density compensation weights, F the transform onto all distinct readouts (McGivney 2014). What is not
+sampled shows as aliasing, which differs from time point to time point and so looks much like noise after the
+projection onto Psi, if the order of the interleaves is incoherent. METHODS 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from quantitron.recon.data import FingerprintProblem, Maps
+from quantitron.recon.operators.density_compensation import density_weights
+from quantitron.recon.operators.toeplitz import adjoint_images
+from quantitron.recon.solvers.fingerprint import FingerprintMethod, Prepared
+from quantitron.recon.solvers.solver import Progress
+
+
+@dataclass(frozen=True)
+class DensityCompensated(FingerprintMethod):
+    """Settings of the density-compensated adjoint."""
+
+    density: str = field(default="auto", metadata={"choices": ("auto", "pipe", "voronoi")})
+    """Density compensation: ``auto`` takes the weights that the scan brings, else those of Pipe and Menon."""
+
+    def adjoint(self, prepared: Prepared) -> Tensor:
+        """U (x, k, z, y), scaled so that a fully sampled scan would give the coefficient images."""
+        sums = prepared.sums
+        given = sums.density if self.density == "auto" else None
+        weights = given
+        if weights is None:
+            method = "pipe" if self.density == "auto" else self.density
+            weights = density_weights(sums.trajectory, sums.grid, method)
+        images = adjoint_images(
+            sums,
+            prepared.csm,
+            prepared.basis.mixing[0].to(prepared.csm.device),
+            weights.to(prepared.csm.device),
+        )
+        # All distinct readouts together sample k-space once; each holds the time points that fell to it.
+        energy = float(sums.gram.diagonal(dim1=1, dim2=2).real.sum(0).mean())
+        return images * (len(sums.count) / energy)
+
+
+@dataclass(frozen=True)
+class SvdMrf(DensityCompensated):
+    """Settings of fingerprinting by density-compensated adjoint and matching."""
+
+    name: ClassVar[str] = "svdmrf"
+
+    def solve(self, problem: FingerprintProblem, progress: Progress) -> Iterator[Maps]:
+        """Reconstruct one slice; yields the final maps only."""
+        prepared = self.prepare(problem, progress)
+        progress("adjoint", 0.3)
+        images = self.adjoint(prepared)
+        progress("matching", 0.7)
+        yield self.matched(images, prepared.basis, problem)
+        progress("done", 1.0)

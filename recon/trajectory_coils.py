@@ -1,0 +1,111 @@
+"""The k-space centre of a scan on any trajectory, coil by coil: what coil maps and the energy map come from.
+
+    minimise over U_c on a coarse grid:   sum_t ||s_(t,c) - F_t Psi_t U_c||^2 + noise ||U_c||_P^2
+
+over the samples near the centre, P the mean squares expected of the components. No coil mixes with another,
+and the coarse grid takes in only what these samples tell.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
+from quantitron.recon.coefficient_basis import CoefficientBasis
+from quantitron.recon.coils import maps_of_block
+from quantitron.recon.data import Basis, TrajectoryKSpace, TrajectorySums
+from quantitron.recon.operators.fourier import centred_fft
+from quantitron.recon.operators.nonuniform_fourier import NonuniformFourier
+from quantitron.recon.trajectory_gram import sum_readouts
+
+COARSE = 32
+"""Voxels of the coarse grid along an axis, at most."""
+KEPT = 24
+"""Points of its k-space that are kept: towards its edge the samples end, and what they tell with them."""
+ITERATIONS = 12
+"""Conjugate gradient steps: the centre is densely sampled."""
+
+
+def centre_block(sums: TrajectorySums, basis: CoefficientBasis, noise: float) -> Tensor:
+    """Coefficient k-space about the centre, coil by coil.
+
+    Args:
+        sums: of one slice.
+        basis: with mixing (1, l, k); those of its components that hold 1 % of the strongest one's energy are
+            made, the others would be mostly noise.
+        noise: variance of one sample.
+
+    Returns:
+        (k, c, z, y, x) complex64, centred, unitary on the scan's own grid; at most ``KEPT`` along each axis.
+
+    Raises:
+        ValueError: if no sample lies near the k-space centre.
+    """
+    significant = max(1, int((basis.variance > 0.01 * basis.variance[0]).sum()))
+    mixing = basis.mixing[0, :, :significant]  # (l, k)
+    grid = sums.grid
+    coarse = tuple(min(n, COARSE) for n in grid)
+    scale = torch.tensor([n / m for n, m in zip(grid, coarse, strict=True)][::-1])  # x, y, z
+    places = sums.trajectory * scale[: sums.trajectory.shape[1]]  # cycles per coarse voxel
+    near = (places.square().sum(1).sqrt() <= 0.5).nonzero()[:, 0]
+    if not len(near):
+        raise ValueError("no sample lies near the k-space centre: no coil maps can be estimated")
+    fourier = NonuniformFourier(places[near], (coarse[0], coarse[1], coarse[2]))
+    gram = mixing.mH @ sums.gram.to(mixing) @ mixing  # (g, k, k)
+    gram_at = gram[sums.readout[near]]  # (n, k, k)
+    samples = torch.einsum("lk,lcn->ckn", mixing.conj(), sums.projected[:, :, near])
+    # Mean square signal of a sample, less noise, tells what to expect of the components.
+    trace = gram_at.diagonal(dim1=1, dim2=2).real.sum(1).clamp_min(1e-12)  # (n,)
+    power = float((samples.abs().square().sum((0, 1)) / trace).mean()) / samples.shape[0]
+    time_points = sums.basis.contrast.shape[0]
+    shares = basis.variance[:significant]
+    expected = time_points * max(power / max(float(sums.count.float().mean()), 1.0), noise) * shares
+    penalty = (noise / expected).to(samples)[:, None, None, None]
+
+    def normal(images: Tensor) -> Tensor:
+        spectrum = fourier(images)  # (c, k, n)
+        spectrum = torch.einsum("njk,ckn->cjn", gram_at, spectrum)
+        return fourier.adjoint(spectrum) + penalty * images
+
+    right = fourier.adjoint(samples)  # (c, k, z, y, x)
+    images = conjugate_gradient(
+        normal, right, start=None, preconditioner=lambda r: r, iterations=ITERATIONS, tolerance=1e-4
+    )
+    block = centred_fft(images, (2, 3, 4)).transpose(0, 1)
+    for axis, length in enumerate(coarse):
+        kept = min(length, KEPT) if length == COARSE else length
+        block = block.narrow(2 + axis, length // 2 - kept // 2, kept)
+    return block.contiguous()
+
+
+def trajectory_coil_maps(
+    sums: TrajectorySums, basis: CoefficientBasis, noise: float, calibration: TrajectoryKSpace | None
+) -> Tensor:
+    """Coil maps of a slice, from its calibration readouts or else from its own k-space centre.
+
+    Args:
+        sums: of the slice.
+        basis: with mixing (1, l, k).
+        noise: variance of one sample.
+        calibration: calibration readouts, or None.
+
+    Returns:
+        csm (x, c, z, y) complex64 of unit root-sum-of-squares; ones for a single coil.
+
+    Raises:
+        ValueError: if no sample lies near the k-space centre.
+    """
+    nz, ny, nx = sums.grid
+    if sums.projected.shape[1] == 1:
+        return torch.ones(nx, 1, nz, ny, dtype=torch.complex64)
+    if calibration is not None and calibration.samples.numel():
+        if bool((calibration.time_point == calibration.time_point[0]).all()):
+            # Readouts outside the fingerprint show one contrast.
+            one = torch.ones(1)
+            constant = Basis(torch.ones(calibration.time_points, 1), one, 1.0, "calibration")
+            basis = CoefficientBasis(torch.ones(1, 1, 1, dtype=torch.complex64), one, 1.0)
+            sums = sum_readouts(calibration, constant)
+        else:
+            sums = sum_readouts(calibration, sums.basis)
+    return maps_of_block(centre_block(sums, basis, noise), (nz, ny, nx))
