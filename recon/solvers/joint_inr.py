@@ -1,0 +1,181 @@
+"""Joint INR: one coordinate network for all coefficient images of a fingerprint scan (Yu 2026).
+
+``start: adjoint`` is the published form: the network is fitted once, in the image domain, to the
+density-compensated adjoint, without looking at the data again. It removes what is incoherent in these images.
+What is not, it keeps: the adjoint itself is biased by a quarter where interleaves follow each other in order.
+``start: cg`` fits it to the linear estimate of some conjugate gradient steps, which has no such bias.
+
+After that, ``rounds`` may draw the images towards the network's as well as towards the data,
+
+    minimise over U:   1/2 ||s - A U||^2 + attraction Q(U - f),
+
+f the network's images and Q the Gaussian prior of the linear estimate, which had 0 in the place of f, and fit
+the network anew. METHODS 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantitron.recon.data import FingerprintProblem, Maps
+from quantitron.recon.masks import signal_mask
+from quantitron.recon.solvers.coefficient_solver import CoefficientEstimate
+from quantitron.recon.solvers.fingerprint import FingerprintSolver
+from quantitron.recon.solvers.joint_fit import JointFitSettings, fit_joint_network
+from quantitron.recon.solvers.solver import Progress
+from quantitron.recon.solvers.svdmrf import DensityCompensated
+
+_BORDER = 2
+"""Voxels around the signal that the network is fitted to as well: it is to know where the object ends."""
+
+
+@dataclass(frozen=True)
+class JointINR(DensityCompensated, FingerprintSolver):
+    """Settings of the joint network.
+
+    Those of density compensation serve ``start: adjoint``, those of the linear estimate ``start: cg``.
+    """
+
+    name: ClassVar[str] = "joint_inr"
+
+    start: str = field(default="adjoint", metadata={"choices": ("adjoint", "cg")})
+    """What the network is fitted to: the density-compensated adjoint (published) or linear estimate."""
+    epochs: int = field(default=80, metadata={"minimum": 1})
+    """Steps of the fit, over all voxels each; many of them teach the network the aliasing."""
+    learning_rate: float = field(default=1e-2, metadata={"above": 0})
+    """Of Adam."""
+    features: int = field(default=64, metadata={"minimum": 1})
+    """Features that all components share."""
+    hidden: int = field(default=2, metadata={"minimum": 1})
+    """Hidden layers; the last one gives the features."""
+    levels: int = field(default=8, metadata={"minimum": 1, "maximum": 32})
+    """Resolutions of the hash grid; the finest has about as many cells as the images have voxels."""
+    grid_features: int = field(default=4, metadata={"minimum": 1, "maximum": 8})
+    """Numbers that a vertex of the grid holds, for each resolution."""
+    log2_rows: int = field(default=16, metadata={"minimum": 3, "maximum": 24})
+    """A resolution's table has at most 2^log2_rows rows."""
+    decay_encoder: float = field(default=0.0, metadata={"minimum": 0})
+    """Weight decay of the hash grid, for images of mean square 1."""
+    decay_network: float = field(default=1e-3, metadata={"minimum": 0})
+    """Weight decay of the perceptron and the heads."""
+    whitening: float = field(default=0.0, metadata={"minimum": 0, "maximum": 1})
+    """0, as published: strong components count most and form the features; 1: all count alike."""
+    heads: str = field(default="exact", metadata={"choices": ("exact", "trained")})
+    """Whether heads are solved for in every step, or follow the gradient, as published."""
+    phase_width: float = field(default=2.0, metadata={"minimum": 0})
+    """Standard deviation [voxels] over which the phase taken out beforehand is averaged; 0: none is."""
+    fits: int = field(default=1, metadata={"minimum": 1})
+    """Networks from different starts, whose images are averaged."""
+    rounds: int = field(default=0, metadata={"minimum": 0})
+    """Times that the images are drawn towards the network's and the data; only with ``start: cg``."""
+    attraction: float = field(default=1.0, metadata={"above": 0})
+    """How much the network's images are worth in that, in units of the linear estimate's prior."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict each other.
+
+        Raises:
+            ValueError: if rounds are asked of the adjoint, or as for all solvers of such scans.
+        """
+        super().__post_init__()
+        if self.rounds and self.start == "adjoint":
+            raise ValueError("rounds look at the data again, which start: adjoint does not; set start to cg")
+
+    def solve(self, problem: FingerprintProblem, progress: Progress) -> Iterator[Maps]:
+        """Reconstruct one slice; yields the final maps only."""
+        if self.start == "cg":
+            yield from super().solve(problem, progress)
+            return
+        prepared = self.prepare(problem, progress)
+        progress("adjoint", 0.3)
+        images = self.adjoint(prepared)
+        energy = images.abs().square().sum(1).permute(1, 2, 0)  # (z, y, x)
+        mask = signal_mask(energy.sqrt().cpu(), self.mask_threshold)
+        dz, dy, dx = problem.encoding.voxel_size
+        generator = torch.Generator().manual_seed(problem.seed)
+        images = self._fitted(
+            images,
+            mask,
+            (dx, dz, dy),
+            generator,
+            lambda doing, share: progress(doing, 0.4 + 0.3 * share),
+        )
+        progress("matching", 0.7)
+        yield self.matched(images, prepared.basis, problem)
+        progress("done", 1.0)
+
+    def refine(self, estimate: CoefficientEstimate, seed: int, progress: Progress) -> Tensor:
+        """The network's images, or what the rounds make of them."""
+        generator = torch.Generator().manual_seed(seed)
+        parts = 2 * self.rounds + 1
+
+        def fitted(images: Tensor, number: int) -> Tensor:
+            def told(doing: str, share: float) -> None:
+                progress(doing, (number + share) / parts)
+
+            return self._fitted(images, estimate.mask, estimate.voxel_size, generator, told)
+
+        images = fitted(estimate.coefficients, 0)
+        operator, prior = estimate.operator, estimate.prior
+        diagonal = operator.mean_diagonal()[:, None, None] + 0.3 * self.attraction * prior.diagonal()
+        for number in range(self.rounds):
+            progress("towards data and network", (2 * number + 1) / parts)
+            drawn = self.settle(
+                operator,
+                estimate.noise,
+                lambda u: operator(u) + self.attraction * prior.precision(u),
+                estimate.data + self.attraction * prior.precision(images),
+                diagonal,
+                self.linear_iterations,
+                images,
+            )
+            if number + 1 == self.rounds:
+                return drawn
+            images = fitted(drawn, 2 * number + 2)
+        return images
+
+    def _fitted(
+        self,
+        images: Tensor,
+        mask: Tensor,
+        voxel_size: tuple[float, float, float],
+        generator: torch.Generator,
+        progress: Progress,
+    ) -> Tensor:
+        """Images (x, k, z, y) of a network fitted to others, mask (z, y, x)."""
+        settings = JointFitSettings(
+            steps=self.epochs,
+            learning_rate=self.learning_rate,
+            features=self.features,
+            hidden=self.hidden,
+            levels=self.levels,
+            grid_features=self.grid_features,
+            log2_rows=self.log2_rows,
+            decay_encoder=self.decay_encoder,
+            decay_network=self.decay_network,
+            whitening=self.whitening,
+            phase_width=self.phase_width,
+            heads=self.heads,
+            fits=self.fits,
+        )
+        return fit_joint_network(
+            images,
+            _widened(mask).permute(2, 0, 1),
+            voxel_size,
+            settings,
+            generator,
+            lambda share: progress("joint network", share),
+        )
+
+
+def _widened(mask: Tensor) -> Tensor:
+    """A mask (z, y, x) with some voxels around it."""
+    reach = tuple(min(_BORDER, size - 1) for size in mask.shape)
+    window = tuple(2 * voxels + 1 for voxels in reach)
+    wide: Tensor = torch.nn.functional.max_pool3d(mask[None, None].float(), window, stride=1, padding=reach)
+    return wide[0, 0] > 0
