@@ -176,6 +176,9 @@ def simulate(
         float | None,
         typer.Option(help="fisp_mrf: centre of the middle slice in mm (nist: T1 plate 20, T2 plate 0)."),
     ] = None,
+    b1_map: Annotated[
+        Path | None, typer.Option(help="fisp_mrf: FILE.npz to write the true transmit field to.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Simulate a scan: a raw file with its ground truth."""
@@ -210,13 +213,16 @@ def simulate(
         "trains": trains,
         "ti": ti,
         "height": height,
+        "b1_map": b1_map,
     }
     is_fingerprint = sequence == "fisp_mrf"
     foreign = [
         name for name, value in (cartesian if is_fingerprint else fingerprint).items() if value is not None
     ]
     if foreign:
-        raise typer.BadParameter(f"{sequence} has no such option", param_hint=f"--{foreign[0]}")
+        raise typer.BadParameter(
+            f"{sequence} has no such option", param_hint=f"--{foreign[0].replace('_', '-')}"
+        )
     if is_fingerprint:
         if echo_times is not None and len(echo_times) != 1:
             raise typer.BadParameter("fisp_mrf has one echo time", param_hint="--te")

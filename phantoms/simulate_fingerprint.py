@@ -43,6 +43,7 @@ from quantitron.phantoms.signal_table import SignalBasis, signal_basis, tabulate
 from quantitron.phantoms.simulate import Simulation, check_scan, default_field_of_view, load_anatomy
 from quantitron.phantoms.spiral import SpiralDesign, design_spiral, rotate, tilt
 from quantitron.phantoms.spiral_encode import partition_spectra, volume_samples
+from quantitron.phantoms.truth import transmit_map
 from quantitron.phantoms.truth_images import truth_images
 from quantitron.recon.data import Encoding
 
@@ -81,6 +82,7 @@ def simulate_fingerprint(
     calibration_radius: float = 0.08,
     b1: float = 0.0,
     receive_phase: float = 1.5,
+    b1_map: str | os.PathLike[str] | None = None,
     spiral: SpiralDesign | None = None,
     overwrite: bool = False,
 ) -> Simulation:
@@ -120,6 +122,8 @@ def simulate_fingerprint(
         calibration_radius: extent of the calibration in k-space [cycles per voxel].
         b1: spread of the transmit field, where the phantom has none of its own; 0 is none.
         receive_phase: spread of the receive phase [rad], where the phantom's PD is real.
+        b1_map: a ``FILE.npz`` to write the true transmit field to, as ``b1`` (s, z, y, x), for
+            reconstructions that can use one.
         spiral: density and gradient limits; matrix, field of view and interleaves are set here.
         overwrite: replace an existing file.
 
@@ -129,6 +133,12 @@ def simulate_fingerprint(
     output = Path(output)
     if output.exists() and not overwrite:
         raise ScanError(f"{output} exists; overwrite replaces it")
+    if b1_map is not None:
+        b1_map = Path(b1_map)
+        if b1_map.suffix != ".npz":
+            raise ScanError(f"b1_map is '{b1_map}'; it must end in .npz")
+        if b1_map.exists() and not overwrite:
+            raise ScanError(f"{b1_map} exists; overwrite replaces it")
     if isinstance(supersampling, int):
         supersampling = (supersampling, supersampling, supersampling)
     efficiency = 1.0 if inversion_efficiency is None else inversion_efficiency
@@ -209,6 +219,8 @@ def simulate_fingerprint(
             raw.append(head, lines, places)
             samples += lines.shape[0] * lines.shape[2]
         write_images(part, TRUTH_GROUP, truth_images(scenes, protocol, positions, extent, covariance, seed))
+        if b1_map is not None:
+            np.savez_compressed(b1_map, b1=np.stack([transmit_map(scene) for scene in scenes]))
         os.replace(part, output)
     except OSError as error:
         raise ScanError(f"cannot write {output}: {reason(error)}") from error

@@ -67,6 +67,16 @@ def truth_maps(
     return maps
 
 
+def transmit_map(scene: Scene) -> NDArray[np.float32]:
+    """Actual over nominal flip angle (z, y, x) on the scan grid: the mean weighted by |pd|, 1 in air."""
+    if scene.b1 is None:
+        return np.ones(scene.matrix, dtype=np.float32)
+    weight = np.abs(scene.pd.numpy())
+    total = scene.block_mean(scene.embed(weight))
+    mean = scene.block_mean(scene.embed(weight * scene.b1.numpy())) / np.where(total == 0, 1, total)
+    return np.where(total == 0, 1, mean).astype(np.float32)
+
+
 def _whitened_sensitivity(scene: Scene, covariance: NDArray[np.complex128] | None) -> Tensor:
     """(v,) root-sum-of-squares of the coil maps after whitening; 1 for channels that are not whitened."""
     if covariance is None or not covariance.any():

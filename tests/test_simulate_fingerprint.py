@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from quantitron.gadgets.b1_map import read_b1_map
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.header import make_context, parse_header
 from quantitron.gadgets.image_file import read_images
@@ -419,6 +420,24 @@ def test_truth_holds_the_maps_of_a_fingerprint(tmp_path, phantom):
     for role, name in (("T1", "t1"), ("T2", "t2")):
         expected = 1e3 * getattr(scene.fine, name)
         assert np.allclose(truth[role].values[inside], expected[inside], rtol=1e-5)
+
+
+def test_the_true_transmit_field_is_written_where_asked(tmp_path, phantom):
+    path = tmp_path / "b1.npz"
+    made, header, *_ = scan(tmp_path, phantom, b1=0.3, slices=2, b1_map=path, supersampling=1)
+    found = np.load(path)["b1"]
+    assert found.shape == (2, 1, 24, 20)
+    protocol = make_schedule("jiang", 40)
+    scene = scene_of(
+        phantom, protocol, SMALL["matrix"], SMALL["fov"], 3, (1, 1, 1), b1=0.3
+    )  # slice 1 is at 0
+    assert np.allclose(found[1].ravel()[scene.index], scene.b1)
+    assert found.std() > 0.01
+    assert (np.delete(found[1].ravel(), scene.index) == 1).all()
+    assert np.allclose(read_b1_map(str(path), make_context(header)), found)
+    with pytest.raises(ScanError, match=r"b1\.npz exists"):
+        scan(tmp_path, phantom, b1_map=path, output=tmp_path / "other.h5")
+    assert made.output.exists()
 
 
 @pytest.mark.parametrize(("height", "plate"), [(0.0, "t2"), (20.0, "t1")])
