@@ -15,9 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from invivo import phantom
+from measured_replay import measured_replay
 from published_epoch import PlainFrames, gathering
 from scan_problem import load
 from subspace import AVERAGE, T2IR, VFA
@@ -51,21 +49,6 @@ def say(text: str) -> None:
 def quiet(doing: str, share: float) -> None:
     """Progress that nobody sees."""
     del doing, share
-
-
-def measured_replay(raw: Path, pipeline: str, maps: Path, settings: Iterable[str]) -> tuple[float, float]:
-    """Seconds and peak memory [GB] of ``quantitron replay`` in a process of its own."""
-    program = shutil.which("quantitron", path=os.fspath(Path(sys.executable).parent)) or "quantitron"
-    command = [program, "replay", os.fspath(raw), "-p", pipeline, "-o", os.fspath(maps), "--overwrite"]
-    command += [part for setting in settings for part in ("--set", setting)]
-    begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.perf_counter() - begun
-    if process.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
-    return seconds, usage.ru_maxrss / 1e6
 
 
 def accuracy(

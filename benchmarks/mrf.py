@@ -1,0 +1,351 @@
+"""Fingerprinting at real size: accuracy of every pipeline, spheres of the NIST plate, time and memory.
+
+    python benchmarks/mrf.py accuracy delics_vol00.npz [...] [--scans jiang:500,1000 tgas:500] [--seeds 1]
+    python benchmarks/mrf.py spheres [--scans jiang:500,1000]
+    python benchmarks/mrf.py volume delics_vol00.npz
+
+accuracy: one slice 192x192 of real in-vivo maps (Deli-CS volumes, benchmarks/invivo.py) or of the MNI brain,
+8 coils, SNR 10, one of 48 spirals a time point, in sequential and in shuffled order, the object twice finer
+than the scan and its k-space cut as a scanner does. MAPE is the mean of that in white and in grey matter. The
+floor is the match of perfect images: the true coefficient images at the scan's resolution, with the noise of
+frames that are fully sampled. Every pipeline runs as it ships, or with the settings after its name
+(``joint_inr:start=cg``), in a process of its own; the dictionary is in the cache, as for every scan but the
+first of a protocol.
+
+spheres: T2 plate of the NIST phantom: bias and coefficient of variation of each sphere, slope over all.
+
+volume: a stack of spirals, 96x96x24, 500 points, 8 coils: seconds and peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from invivo import phantom
+from measured_replay import measured_replay
+
+from quantitron.gadgets.dictionary_cache import cached_dictionary
+from quantitron.gadgets.image_file import read_images
+from quantitron.gadgets.map_volume import map_volumes
+from quantitron.host.compare import compare
+from quantitron.phantoms.coils import noise_covariance
+from quantitron.phantoms.scene import FieldSettings, Scene, make_scene
+from quantitron.phantoms.schedules import make_schedule
+from quantitron.phantoms.signal_table import signal_basis, tabulate
+from quantitron.phantoms.simulate import load_anatomy
+from quantitron.phantoms.simulate_fingerprint import simulate_fingerprint
+from quantitron.recon.data import Encoding, FingerprintProblem, Protocol, TrajectoryKSpace
+from quantitron.recon.fingerprint_maps import fingerprint_maps
+from quantitron.recon.metrics import mape
+
+MATRIX, FIELD, COILS, SNR = 192, (220.0, 220.0, 5.0), 8, 10.0
+ORDERS = ("sequential", "shuffled")
+PIPELINES = "svdmrf,subspace,llr,lrtv,mrf_admm,joint_inr,joint_inr:start=cg"
+ROLES = ("T1", "T2")
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def scans(texts: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Schedule and points of ``jiang:500,1000 tgas:500``."""
+    for text in texts:
+        schedule, _, points = text.partition(":")
+        for number in points.split(","):
+            yield schedule, int(number)
+
+
+def objects(sources: Iterable[Path], folder: Path) -> Iterator[tuple[str, str | Path]]:
+    """Name and phantom of each source."""
+    for source in sources:
+        if source.stem in ("mni", "nist"):
+            yield source.stem, source.stem
+            continue
+        file = folder / f"{source.stem}.npz"
+        np.savez(file, **phantom(source))
+        yield source.stem, file
+
+
+def settings_of(pipeline: str) -> tuple[str, list[str]]:
+    """``name:key=value+key=value`` as the name and what follows ``--set``."""
+    name, _, rest = pipeline.partition(":")
+    return name, [f"reconstruct.{part}" for part in rest.split("+") if part]
+
+
+def accuracy(
+    sources: Iterable[Path],
+    folder: Path,
+    wanted: list[tuple[str, int]],
+    orders: Iterable[str],
+    pipelines: Iterable[str],
+    seeds: Iterable[int],
+) -> list[dict[str, Any]]:
+    """MAPE, NRMSE, time and memory of every pipeline on every scan."""
+    say("| object | schedule | points | order | seed | pipeline | MAPE T1 | T2 | NRMSE T1 / T2 | s | GB |")
+    say("|---|---|---|---|---|---|---|---|---|---|---|")
+    rows: list[dict[str, Any]] = []
+
+    def add(case: tuple[Any, ...], pipeline: str, found: dict[str, Any], cost: tuple[float, float]) -> None:
+        errors = {role: 50 * (found[role]["mape_wm"] + found[role]["mape_gm"]) for role in ROLES}
+        rows.append({"case": case, "pipeline": pipeline, "mape": errors, "maps": found, "cost": cost})
+        nrmse = " / ".join(
+            f"{100 * found[role]['nrmse']:.1f}" if "nrmse" in found[role] else "" for role in ROLES
+        )
+        cells = [*map(str, case), f"`{pipeline}`", f"{errors['T1']:.2f}", f"{errors['T2']:.2f}", nrmse]
+        say("| " + " | ".join(cells) + f" | {cost[0]:.1f} | {cost[1]:.2f} |")
+
+    for name, anatomy in objects(sources, folder):
+        for schedule, points in wanted:
+            for seed in seeds:
+                for number, order in enumerate(orders):
+                    raw, maps = folder / "raw.h5", folder / "maps.h5"
+                    simulate_fingerprint(
+                        output=raw,
+                        phantom=anatomy,
+                        schedule=schedule,
+                        points=points,
+                        order=order,
+                        matrix=(MATRIX, MATRIX, 1),
+                        fov=FIELD,
+                        coils=COILS,
+                        snr=SNR,
+                        seed=seed,
+                        overwrite=True,
+                    )
+                    if number == 0:  # perfect images know no order
+                        case = (name, schedule, points, "", seed)
+                        add(
+                            case,
+                            "floor",
+                            floor(anatomy, make_schedule(schedule, points, seed=seed), raw, seed),
+                            (0, 0),
+                        )
+                    for pipeline in pipelines:
+                        method, settings = settings_of(pipeline)
+                        cost = measured_replay(raw, method, maps, settings)
+                        add((name, schedule, points, order, seed), pipeline, compare(maps, raw)["maps"], cost)
+    return rows
+
+
+def floor(anatomy: str | Path, protocol: Protocol, raw: Path, seed: int) -> dict[str, Any]:
+    """MAPE of the match of perfect images with the noise of fully sampled frames."""
+    encoding = Encoding(
+        (1, MATRIX, MATRIX), (FIELD[2] / 1e3, FIELD[1] / 1e3, FIELD[0] / 1e3), (1, MATRIX, MATRIX)
+    )
+    scene = make_scene(
+        load_anatomy(anatomy),
+        protocol,
+        encoding.matrix,
+        encoding.field_of_view,
+        coils=COILS,
+        fields=FieldSettings(b1=0.0),
+        seed=seed,
+    )
+    dictionary = cached_dictionary(protocol)
+    basis = dictionary.basis(0.9999)
+    components = signal_basis(tabulate([scene], protocol), [scene.pd])
+    gain = receive_gain(scene, components.axes, components.coefficients[0], seed)
+    images = torch.stack(
+        [truncated(scene, scene.pd * gain * part.to(torch.complex64)) for part in components.coefficients[0]]
+    )  # (l', y, x)
+    turn = (basis.contrast.mH @ components.axes.to(basis.contrast)).to(images)  # (l, l')
+    coefficients = torch.einsum("kl,lyx->xky", turn, images)[:, :, None]  # (x, k, z, y)
+    noise = torch.randn(*coefficients.shape, 2, generator=torch.Generator().manual_seed(seed)) * 0.5**0.5
+    empty = torch.zeros(0, dtype=torch.int64)
+    kspace = TrajectoryKSpace(
+        torch.zeros(COILS, 0),
+        torch.zeros(0, 2),
+        empty,
+        empty,
+        empty,
+        None,
+        0.0,
+        protocol.frames,
+        (1, 1, 1, 1),
+    )
+    problem = FingerprintProblem(encoding, protocol, kspace, basis, dictionary)
+    found = fingerprint_maps(
+        coefficients + torch.view_as_complex(noise),
+        None,
+        problem,
+        mask_threshold=0.05,
+        groups=256,
+        refine=True,
+        rank=basis.rank,
+        retained_energy=basis.retained_energy,
+        residual_to_noise=1.0,
+        standard_deviations=False,
+    )
+    truth = map_volumes(read_images(raw, "truth"))
+    inside = truth["MASK"].values > 0
+    result: dict[str, Any] = {}
+    for role in ROLES:
+        estimate = 1e3 * found.values[role.lower()][0].numpy()
+        result[role] = {
+            f"mape_{tissue}": mape(
+                estimate, truth[role].values, inside & (truth[tissue.upper()].values > 0.5)
+            )
+            for tissue in ("wm", "gm")
+        }
+    return result
+
+
+def receive_gain(scene: Scene, axes: torch.Tensor, coefficients: torch.Tensor, seed: int) -> torch.Tensor:
+    """(v,) amplitude of unit signal in whitened, combined channels, at the simulation's SNR."""
+    images = np.stack([scene.block_mean(scene.embed(scene.pd * part)) for part in coefficients])
+    judged = scene.block_mean(scene.fine.mask.astype(np.float32)) >= 0.5
+    level = float(np.sqrt((np.abs(images[:, judged]) ** 2).sum(0) / len(axes)).mean())
+    covariance = (level / SNR) ** 2 * noise_covariance(COILS, np.random.default_rng([seed, 3]))
+    coils = scene.coils.numpy()  # (c, v)
+    gain = np.einsum("cv,cd,dv->v", coils.conj(), np.linalg.inv(covariance), coils).real
+    return torch.from_numpy(np.sqrt(gain).astype(np.float32))
+
+
+def truncated(scene: Scene, values: torch.Tensor) -> torch.Tensor:
+    """Fine values (v,) as an image (y, x) of the disc of k-space that spirals reach."""
+    fine = torch.from_numpy(scene.embed(values)).mean(0)  # (y, x)
+    size, factor = MATRIX, scene.supersampling[1]
+    spectrum = torch.fft.fftshift(torch.fft.fft2(torch.fft.ifftshift(fine)))
+    first = fine.shape[0] // 2 - size // 2
+    spectrum = spectrum[first : first + size, first : first + size] / factor**2
+    frequency = (torch.arange(size) - size // 2) / size  # cycles per scan voxel
+    # The scan's voxel n // 2 has its centre between fine voxels, half a fine voxel from fine n // 2.
+    turn = torch.exp(1j * torch.pi * (factor - 1) / factor * (frequency[:, None] + frequency))
+    disc = frequency[:, None] ** 2 + frequency**2 <= 0.25
+    return torch.fft.fftshift(torch.fft.ifft2(torch.fft.ifftshift(spectrum * turn * disc)))
+
+
+def spheres(
+    folder: Path,
+    wanted: list[tuple[str, int]],
+    orders: Iterable[str],
+    pipelines: Iterable[str],
+    seeds: Iterable[int],
+) -> list[dict[str, Any]]:
+    """Bias, coefficient of variation and slope on the T2 plate."""
+    say(
+        "| schedule | points | order | seed | pipeline | map | slope | CoV | largest bias | bias / CoV of each [%] |"
+    )
+    say("|---|---|---|---|---|---|---|---|---|---|")
+    rows: list[dict[str, Any]] = []
+    for schedule, points in wanted:
+        for seed in seeds:
+            for order in orders:
+                raw, maps = folder / "raw.h5", folder / "maps.h5"
+                simulate_fingerprint(
+                    output=raw,
+                    phantom="nist",
+                    schedule=schedule,
+                    points=points,
+                    order=order,
+                    matrix=(MATRIX, MATRIX, 1),
+                    fov=FIELD,
+                    coils=COILS,
+                    snr=SNR,
+                    seed=seed,
+                    overwrite=True,
+                )
+                for pipeline in pipelines:
+                    method, settings = settings_of(pipeline)
+                    measured_replay(raw, method, maps, settings)
+                    found = compare(maps, raw)["spheres"]
+                    for role in ROLES:
+                        part = found[role]
+                        variations = [sphere["variation"] or 0.0 for sphere in part["list"]]
+                        biases = [sphere["bias"] or 0.0 for sphere in part["list"]]
+                        rows.append(
+                            {
+                                "case": (schedule, points, order, seed),
+                                "pipeline": pipeline,
+                                "role": role,
+                                **part,
+                            }
+                        )
+                        each = ", ".join(
+                            f"{100 * bias:+.1f}/{100 * variation:.1f}"
+                            for bias, variation in zip(biases, variations, strict=True)
+                        )
+                        say(
+                            f"| {schedule} | {points} | {order} | {seed} | `{pipeline}` | {role} | "
+                            f"{part['slope']:.4f} | {100 * float(np.mean(variations)):.2f} | "
+                            f"{100 * max(biases, key=abs):+.1f} | {each} |"
+                        )
+    return rows
+
+
+def volume(source: Path, folder: Path, pipelines: Iterable[str]) -> list[dict[str, Any]]:
+    """Seconds and peak memory of a stack of spirals."""
+    ((name, anatomy),) = objects([source], folder)
+    raw, maps = folder / "raw.h5", folder / "maps.h5"
+    simulate_fingerprint(
+        output=raw,
+        phantom=anatomy,
+        schedule="jiang",
+        points=500,
+        order="shuffled",
+        matrix=(96, 96, 24),
+        fov=(220.0, 220.0, 30.0),
+        coils=COILS,
+        snr=SNR,
+        seed=1,
+        supersampling=(2, 2, 1),
+        overwrite=True,
+    )
+    say("| object | pipeline | MAPE T1 | MAPE T2 | s | GB |")
+    say("|---|---|---|---|---|---|")
+    rows = []
+    for pipeline in pipelines:
+        method, settings = settings_of(pipeline)
+        seconds, memory = measured_replay(raw, method, maps, settings)
+        found = compare(maps, raw)["maps"]
+        errors = [50 * (found[role]["mape_wm"] + found[role]["mape_gm"]) for role in ROLES]
+        rows.append({"pipeline": pipeline, "seconds": seconds, "memory": memory, "maps": found})
+        say(f"| {name} | `{pipeline}` | {errors[0]:.2f} | {errors[1]:.2f} | {seconds:.0f} | {memory:.2f} |")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("accuracy", "spheres", "volume"))
+    parser.add_argument("sources", type=Path, nargs="*", help="delics_volXX.npz, or mni")
+    parser.add_argument("--scans", nargs="+", default=["jiang:500,1000", "tgas:500"])
+    parser.add_argument("--orders", default=",".join(ORDERS))
+    parser.add_argument("--pipelines", default=PIPELINES, help="name[:property=value+...], ...")
+    parser.add_argument("--seeds", default="1")
+    parser.add_argument("--folder", type=Path, help="for the raw files; a temporary folder where absent")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    wanted, orders = list(scans(arguments.scans)), arguments.orders.split(",")
+    pipelines, seeds = arguments.pipelines.split(","), [int(seed) for seed in arguments.seeds.split(",")]
+    if arguments.what != "spheres" and not arguments.sources:
+        parser.error(f"{arguments.what} needs an object: delics_volXX.npz, or mni")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        # The cache lies beside the raw files, so that seconds never hold the simulation of the dictionary.
+        os.environ["QUANTITRON_CACHE"] = os.fspath(folder)
+        for schedule, points in wanted:
+            for seed in seeds:
+                cached_dictionary(make_schedule(schedule, points, seed=seed))
+        if arguments.what == "accuracy":
+            rows = accuracy(arguments.sources, folder, wanted, orders, pipelines, seeds)
+        elif arguments.what == "spheres":
+            rows = spheres(folder, wanted, orders, pipelines, seeds)
+        else:
+            rows = volume(arguments.sources[0], folder, pipelines)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
