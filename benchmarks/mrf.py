@@ -235,7 +235,7 @@ def spheres(
 ) -> list[dict[str, Any]]:
     """Bias, coefficient of variation and slope on the T2 plate."""
     say(
-        "| schedule | points | order | seed | pipeline | map | slope | CoV | largest bias | bias / CoV of each [%] |"
+        "| schedule | points | order | seed | pipeline | map | slope | CoV | worst bias | bias / CoV of each |"
     )
     say("|---|---|---|---|---|---|---|---|---|---|")
     rows: list[dict[str, Any]] = []

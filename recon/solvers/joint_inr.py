@@ -16,16 +16,19 @@ the network anew. METHODS 4.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from quantitron.recon.coefficient_basis import CoefficientBasis
 from quantitron.recon.data import FingerprintProblem, Maps
 from quantitron.recon.masks import signal_mask
+from quantitron.recon.operators.subspace_density import unmixed_data
+from quantitron.recon.operators.toeplitz import adjoint_images
 from quantitron.recon.solvers.coefficient_solver import CoefficientEstimate
-from quantitron.recon.solvers.fingerprint import FingerprintSolver
+from quantitron.recon.solvers.fingerprint import FingerprintSolver, Prepared
 from quantitron.recon.solvers.joint_fit import JointFitSettings, fit_joint_network
 from quantitron.recon.solvers.solver import Progress
 from quantitron.recon.solvers.svdmrf import DensityCompensated
@@ -45,7 +48,12 @@ class JointINR(DensityCompensated, FingerprintSolver):
 
     start: str = field(default="adjoint", metadata={"choices": ("adjoint", "cg")})
     """What the network is fitted to: the density-compensated adjoint (published) or linear estimate."""
-    epochs: int = field(default=80, metadata={"minimum": 1})
+    unmix: float = field(default=3e-3, metadata={"minimum": 0})
+    """With ``start: adjoint``: density weights that are matrices over the components, this share being added
+    to their eigenvalues (``subspace_density.py``); 0, as published: numbers."""
+    adjoint_rank: int = field(default=4, metadata={"minimum": 1})
+    """Components that are unmixed, the strongest ones of tissue; the others are left out."""
+    epochs: int = field(default=60, metadata={"minimum": 1})
     """Steps of the fit, over all voxels each; many of them teach the network the aliasing."""
     learning_rate: float = field(default=1e-2, metadata={"above": 0})
     """Of Adam."""
@@ -55,15 +63,15 @@ class JointINR(DensityCompensated, FingerprintSolver):
     """Hidden layers; the last one gives the features."""
     levels: int = field(default=8, metadata={"minimum": 1, "maximum": 32})
     """Resolutions of the hash grid; the finest has about as many cells as the images have voxels."""
-    grid_features: int = field(default=4, metadata={"minimum": 1, "maximum": 8})
+    grid_features: int = field(default=8, metadata={"minimum": 1, "maximum": 8})
     """Numbers that a vertex of the grid holds, for each resolution."""
     log2_rows: int = field(default=16, metadata={"minimum": 3, "maximum": 24})
     """A resolution's table has at most 2^log2_rows rows."""
     decay_encoder: float = field(default=0.0, metadata={"minimum": 0})
     """Weight decay of the hash grid, for images of mean square 1."""
-    decay_network: float = field(default=1e-3, metadata={"minimum": 0})
+    decay_network: float = field(default=2e-4, metadata={"minimum": 0})
     """Weight decay of the perceptron and the heads."""
-    whitening: float = field(default=0.0, metadata={"minimum": 0, "maximum": 1})
+    whitening: float = field(default=0.5, metadata={"minimum": 0, "maximum": 1})
     """0, as published: strong components count most and form the features; 1: all count alike."""
     heads: str = field(default="exact", metadata={"choices": ("exact", "trained")})
     """Whether heads are solved for in every step, or follow the gradient, as published."""
@@ -71,20 +79,11 @@ class JointINR(DensityCompensated, FingerprintSolver):
     """Standard deviation [voxels] over which the phase taken out beforehand is averaged; 0: none is."""
     fits: int = field(default=1, metadata={"minimum": 1})
     """Networks from different starts, whose images are averaged."""
-    rounds: int = field(default=0, metadata={"minimum": 0})
-    """Times that the images are drawn towards the network's and the data; only with ``start: cg``."""
-    attraction: float = field(default=1.0, metadata={"above": 0})
+    rounds: int = field(default=1, metadata={"minimum": 0})
+    """With ``start: cg``: times that the images are drawn towards the network's and the data; 0, as published:
+    the network's images are the result."""
+    attraction: float = field(default=2.0, metadata={"above": 0})
     """How much the network's images are worth in that, in units of the linear estimate's prior."""
-
-    def __post_init__(self) -> None:
-        """Refuse settings that contradict each other.
-
-        Raises:
-            ValueError: if rounds are asked of the adjoint, or as for all solvers of such scans.
-        """
-        super().__post_init__()
-        if self.rounds and self.start == "adjoint":
-            raise ValueError("rounds look at the data again, which start: adjoint does not; set start to cg")
 
     def solve(self, problem: FingerprintProblem, progress: Progress) -> Iterator[Maps]:
         """Reconstruct one slice; yields the final maps only."""
@@ -93,7 +92,7 @@ class JointINR(DensityCompensated, FingerprintSolver):
             return
         prepared = self.prepare(problem, progress)
         progress("adjoint", 0.3)
-        images = self.adjoint(prepared)
+        images, basis = self._adjoint(prepared)
         energy = images.abs().square().sum(1).permute(1, 2, 0)  # (z, y, x)
         mask = signal_mask(energy.sqrt().cpu(), self.mask_threshold)
         dz, dy, dx = problem.encoding.voxel_size
@@ -106,8 +105,23 @@ class JointINR(DensityCompensated, FingerprintSolver):
             lambda doing, share: progress(doing, 0.4 + 0.3 * share),
         )
         progress("matching", 0.7)
-        yield self.matched(images, prepared.basis, problem)
+        yield self.matched(images, basis, problem)
         progress("done", 1.0)
+
+    def _adjoint(self, prepared: Prepared) -> tuple[Tensor, CoefficientBasis]:
+        """Density-compensated images (x, k, z, y), and their basis."""
+        basis, sums, csm = prepared.basis, prepared.sums, prepared.csm
+        if not self.unmix:
+            return self.adjoint(prepared), basis
+        rank = min(self.adjoint_rank, basis.rank)
+        kept = float(basis.variance[:rank].sum() / basis.variance.sum())
+        basis = CoefficientBasis(
+            basis.mixing[:, :, :rank], basis.variance[:rank], basis.retained_energy * kept
+        )
+        weights = self.weights(sums)
+        unmixed = replace(sums, projected=unmixed_data(sums, weights, basis.mixing[0], self.unmix))
+        images = adjoint_images(unmixed, csm, torch.eye(rank, device=csm.device), weights.to(csm.device))
+        return images, basis
 
     def refine(self, estimate: CoefficientEstimate, seed: int, progress: Progress) -> Tensor:
         """The network's images, or what the rounds make of them."""

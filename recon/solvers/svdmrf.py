@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from quantitron.recon.data import FingerprintProblem, Maps
+from quantitron.recon.data import FingerprintProblem, Maps, TrajectorySums
 from quantitron.recon.operators.density_compensation import density_weights
 from quantitron.recon.operators.toeplitz import adjoint_images
 from quantitron.recon.solvers.fingerprint import FingerprintMethod, Prepared
@@ -29,14 +29,17 @@ class DensityCompensated(FingerprintMethod):
     density: str = field(default="auto", metadata={"choices": ("auto", "pipe", "voronoi")})
     """Density compensation: ``auto`` takes the weights that the scan brings, else those of Pipe and Menon."""
 
+    def weights(self, sums: TrajectorySums) -> Tensor:
+        """(n,) density weights of the points."""
+        if self.density == "auto" and sums.density is not None:
+            return sums.density
+        method = "pipe" if self.density == "auto" else self.density
+        return density_weights(sums.trajectory, sums.grid, method)
+
     def adjoint(self, prepared: Prepared) -> Tensor:
         """U (x, k, z, y), scaled so that a fully sampled scan would give the coefficient images."""
         sums = prepared.sums
-        given = sums.density if self.density == "auto" else None
-        weights = given
-        if weights is None:
-            method = "pipe" if self.density == "auto" else self.density
-            weights = density_weights(sums.trajectory, sums.grid, method)
+        weights = self.weights(sums)
         images = adjoint_images(
             sums,
             prepared.csm,
