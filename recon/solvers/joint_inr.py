@@ -2,8 +2,9 @@
 
 ``start: adjoint`` is the published form: the network is fitted once, in the image domain, to the
 density-compensated adjoint, without looking at the data again. It removes what is incoherent in these images.
-What is not, it keeps: the adjoint itself is biased by a quarter where interleaves follow each other in order.
-``start: cg`` fits it to the linear estimate of some conjugate gradient steps, which has no such bias.
+What is not, it keeps, and most of the adjoint's error is not: with numbers for density weights its components
+stay mixed near the centre of k-space, which biases the maps by up to a quarter. Weights that are matrices
+(``unmix``) undo that, still without an iteration. ``start: cg`` fits the network to the linear estimate.
 
 After that, ``rounds`` may draw the images towards the network's as well as towards the data,
 
@@ -80,8 +81,8 @@ class JointINR(DensityCompensated, FingerprintSolver):
     fits: int = field(default=1, metadata={"minimum": 1})
     """Networks from different starts, whose images are averaged."""
     rounds: int = field(default=1, metadata={"minimum": 0})
-    """With ``start: cg``: times that the images are drawn towards the network's and the data; 0, as published:
-    the network's images are the result."""
+    """With ``start: cg``: times that the images are drawn towards the network's and the data; 0, as
+    published: the network's images are the result."""
     attraction: float = field(default=2.0, metadata={"above": 0})
     """How much the network's images are worth in that, in units of the linear estimate's prior."""
 
