@@ -8,16 +8,17 @@ stay mixed near the centre of k-space, which biases the maps by up to a quarter.
 
 After that, ``rounds`` may draw the images towards the network's as well as towards the data,
 
-    minimise over U:   1/2 ||s - A U||^2 + attraction Q(U - f),
+    minimise over U:   1/2 ||s - A U||^2 + attraction Q(U - f) + R(U),
 
-f the network's images and Q the Gaussian prior of the linear estimate, which had 0 in the place of f, and fit
-the network anew. METHODS 4.
+f the network's images, Q the Gaussian prior of the linear estimate, which had 0 in the place of f, and R that
+of locally low rank (``llr.py``), and fit the network anew. METHODS 4.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -28,12 +29,19 @@ from quantitron.recon.data import FingerprintProblem, Maps
 from quantitron.recon.masks import signal_mask
 from quantitron.recon.operators.subspace_density import unmixed_data
 from quantitron.recon.operators.toeplitz import adjoint_images
+from quantitron.recon.priors.low_rank import BlockLowRank, BlockPrecision
 from quantitron.recon.solvers.coefficient_solver import CoefficientEstimate
 from quantitron.recon.solvers.fingerprint import FingerprintSolver, Prepared
 from quantitron.recon.solvers.joint_fit import JointFitSettings, fit_joint_network
 from quantitron.recon.solvers.solver import Progress
 from quantitron.recon.solvers.svdmrf import DensityCompensated
 
+_BLOCK = 3
+"""Edge [voxels] of the blocks of low rank; this and the next two as ``llr`` has them."""
+_SMOOTHING = 0.3
+"""Singular values below this share of the noise's cost their square."""
+_STEPS = 5
+"""Least conjugate gradient steps from one covariance to the next."""
 _BORDER = 2
 """Voxels around the signal that the network is fitted to as well: it is to know where the object ends."""
 
@@ -83,8 +91,12 @@ class JointINR(DensityCompensated, FingerprintSolver):
     rounds: int = field(default=1, metadata={"minimum": 0})
     """With ``start: cg``: times that the images are drawn towards the network's and the data; 0, as
     published: the network's images are the result."""
-    attraction: float = field(default=2.0, metadata={"above": 0})
+    attraction: float = field(default=0.6, metadata={"above": 0})
     """How much the network's images are worth in that, in units of the linear estimate's prior."""
+    low_rank: float = field(default=0.5, metadata={"minimum": 0})
+    """Weight of locally low rank in that, as ``llr``'s."""
+    reweightings: int = field(default=4, metadata={"minimum": 1})
+    """Times in each round that blocks are given the covariance of their signals."""
 
     def solve(self, problem: FingerprintProblem, progress: Progress) -> Iterator[Maps]:
         """Reconstruct one slice; yields the final maps only."""
@@ -136,23 +148,36 @@ class JointINR(DensityCompensated, FingerprintSolver):
             return self._fitted(images, estimate.mask, estimate.voxel_size, generator, told)
 
         images = fitted(estimate.coefficients, 0)
-        operator, prior = estimate.operator, estimate.prior
-        diagonal = operator.mean_diagonal()[:, None, None] + 0.3 * self.attraction * prior.diagonal()
+        drawn = estimate.coefficients
         for number in range(self.rounds):
+            if number:
+                images = fitted(drawn, 2 * number)
             progress("towards data and network", (2 * number + 1) / parts)
-            drawn = self.settle(
-                operator,
-                estimate.noise,
-                lambda u: operator(u) + self.attraction * prior.precision(u),
-                estimate.data + self.attraction * prior.precision(images),
-                diagonal,
-                self.linear_iterations,
-                images,
+            drawn = self._drawn(estimate, images, drawn, generator)
+        return drawn if self.rounds else images
+
+    def _drawn(
+        self, estimate: CoefficientEstimate, network: Tensor, u: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Images between data and network, from u on; blocks take their covariance from the last ones."""
+        operator, prior, share = estimate.operator, estimate.prior, self.attraction
+        voxels = prod(min(_BLOCK, n) for n in (u.shape[0], *u.shape[2:]))
+        threshold = estimate.noise_threshold(u.shape[1], voxels)
+        penalty = BlockLowRank(self.low_rank * threshold, (_BLOCK,) * 3)
+        fixed = operator.mean_diagonal()[:, None, None] + 0.3 * share * prior.diagonal()
+        right_hand_side = estimate.data + share * prior.precision(network)
+        for _ in range(self.reweightings):
+            blocks = penalty.reweighting(
+                u, _SMOOTHING * estimate.image_noise, penalty.random_shift(u.shape, generator)
             )
-            if number + 1 == self.rounds:
-                return drawn
-            images = fitted(drawn, 2 * number + 2)
-        return images
+
+            def normal(image: Tensor, blocks: BlockPrecision = blocks) -> Tensor:
+                return operator(image) + blocks(image) + share * prior.precision(image)
+
+            u = self.settle(
+                operator, estimate.noise, normal, right_hand_side, fixed + blocks.diagonal(u), _STEPS, u
+            )
+        return u
 
     def _fitted(
         self,
