@@ -95,7 +95,7 @@ class JointINR(DensityCompensated, FingerprintSolver):
     """How much the network's images are worth in that, in units of the linear estimate's prior."""
     low_rank: float = field(default=0.5, metadata={"minimum": 0})
     """Weight of locally low rank in that, as ``llr``'s."""
-    reweightings: int = field(default=4, metadata={"minimum": 1})
+    reweightings: int = field(default=3, metadata={"minimum": 1})
     """Times in each round that blocks are given the covariance of their signals."""
 
     def solve(self, problem: FingerprintProblem, progress: Progress) -> Iterator[Maps]:
