@@ -88,7 +88,7 @@ def test_rounds_lie_between_data_and_network() -> None:
 
 def test_low_rank_helps_the_rounds() -> None:
     with_it, without = (_refined(rounds=1, attraction=0.1, low_rank=w) for w in (0.5, 0.0))
-    assert _error(with_it) < 0.95 * _error(without)
+    assert _error(with_it) < 0.97 * _error(without)
 
 
 def test_same_seed_same_images() -> None:

@@ -135,25 +135,33 @@ class BlockLowRank:
 
 
 class BlockPrecision:
-    """A Hermitian matrix (k, k) for the voxels of each block."""
+    """A Hermitian matrix (k, k) for the voxels of each block; the mean of those of several tilings."""
 
-    def __init__(self, parts: list[tuple[_Region, Tensor]]) -> None:
+    def __init__(self, parts: list[tuple[_Region, Tensor]], tilings: int = 1) -> None:
         self._parts = parts
+        self._tilings = tilings
+
+    @staticmethod
+    def mean(tilings: list[BlockPrecision]) -> BlockPrecision:
+        """The mean of those of several tilings, one at least."""
+        return BlockPrecision(
+            [part for one in tilings for part in one._parts], sum(one._tilings for one in tilings)
+        )
 
     def __call__(self, u: Tensor) -> Tensor:
         """W U: (x, k, z, y) -> (x, k, z, y)."""
-        result = torch.empty_like(u)
+        result = torch.zeros_like(u)
         for region, matrices in self._parts:
-            region.write(matrices @ region.blocks_of(u), result)
-        return result
+            region.add(matrices @ region.blocks_of(u), result)
+        return result / self._tilings
 
     def diagonal(self, u: Tensor) -> Tensor:
         """Diagonal of W: (x, k, z, y) real, for images like ``u``."""
-        result = torch.empty_like(u.real)
+        result = torch.zeros_like(u.real)
         for region, matrices in self._parts:
             values = matrices.diagonal(dim1=1, dim2=2).real[..., None]  # (blocks, k, 1)
-            region.write(values.expand(-1, -1, region.voxels), result)
-        return result
+            region.add(values.expand(-1, -1, region.voxels), result)
+        return result / self._tilings
 
 
 _Run = tuple[int, int, int]
@@ -185,10 +193,18 @@ class _Region:
 
     def write(self, blocks: Tensor, u: Tensor) -> None:
         """Put blocks where `blocks_of` takes them from."""
+        part = self._part(u)
+        part.copy_(self._joined(blocks, part.shape))
+
+    def add(self, blocks: Tensor, u: Tensor) -> None:
+        """Add blocks where `blocks_of` takes them from."""
+        part = self._part(u)
+        part.add_(self._joined(blocks, part.shape))
+
+    def _joined(self, blocks: Tensor, shape: torch.Size) -> Tensor:
         (_, cx, ex), (_, cz, ez), (_, cy, ey) = self._runs
         split = blocks.reshape(cx, cz, cy, -1, ex, ez, ey).permute(0, 4, 3, 1, 5, 2, 6)
-        part = self._part(u)
-        part.copy_(split.reshape(part.shape))
+        return split.reshape(shape)
 
     def _part(self, u: Tensor) -> Tensor:
         for axis, (start, count, edge) in zip(_AXES, self._runs, strict=True):

@@ -12,6 +12,7 @@ on the number of time points (METHODS 1).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -33,6 +34,10 @@ from quantitron.recon.solvers.coefficient_solver import CoefficientEstimate, Coe
 from quantitron.recon.solvers.solver import Progress, Solver
 from quantitron.recon.trajectory_coils import centre_block, trajectory_coil_maps
 from quantitron.recon.trajectory_gram import sum_readouts
+
+DETECTABLE = 0.03
+"""Expected energy of a component over that of the noise in its image, below which it is left out: it would
+come out as nothing, and all steps cost as much as there are components."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,8 @@ class FingerprintSolver(CoefficientSolver, FingerprintMethod):
     def linear_estimate(self, problem: FingerprintProblem, progress: Progress) -> FingerprintEstimate:
         """Both passes."""
         prepared = self.prepare(problem, progress)
-        basis, noise, energy = prepared.basis, prepared.noise, prepared.energy
+        noise, energy = prepared.noise, prepared.energy
+        basis = _detectable(prepared.basis, energy * _mean_density(prepared.sums) / noise, DETECTABLE / 10)
         progress("point spread functions", 0.1)
         operator = ToeplitzSense(prepared.sums, prepared.csm, basis.mixing[0].to(problem.device))
         data = operator.adjoint_data()
@@ -189,9 +195,12 @@ class FingerprintSolver(CoefficientSolver, FingerprintMethod):
             energy = smoothed_energy(images[None])
             mask = signal_mask(energy.sqrt(), self.mask_threshold)
             basis, rotation = learnt_basis(basis, start.cpu(), energy.permute(2, 0, 1), mask.permute(2, 0, 1))
-            turn = rotation.mH.to(start)  # (new k, k)
+            curvature = float(operator.mean_diagonal().mean())
+            basis = _detectable(basis, energy * curvature / noise, DETECTABLE)
+            turn = rotation[:, : basis.rank].mH.to(start)  # (new k, k)
             start, data = (torch.einsum("jk,xkzy->xjzy", turn, images) for images in (start, data))
-            operator = operator.in_basis(basis.mixing[0].to(problem.device))
+            progress("point spread functions", 0.23)
+            operator = ToeplitzSense(prepared.sums, prepared.csm, basis.mixing[0].to(problem.device))
             prior = self._prior(basis, energy, self.regularisation, noise, problem)
         mask = signal_mask(energy.sqrt(), self.mask_threshold)
         progress("second pass", 0.25)
@@ -222,3 +231,23 @@ class FingerprintSolver(CoefficientSolver, FingerprintMethod):
         expected = basis.variance[:, None, None] * energy.permute(2, 0, 1)[:, None]  # (x, k, z, y)
         expected = (expected / (regularisation * noise)).to(problem.device)
         return GaussianField(expected, (dx, dz, dy), self.correlation_length)
+
+
+def _detectable(basis: CoefficientBasis, signal_to_noise: Tensor, least: float) -> CoefficientBasis:
+    """The leading components that stand out from the noise.
+
+    Args:
+        basis: mixing (1, l, k), strongest first.
+        signal_to_noise: (z, y, x) energy of all components over the noise's of one.
+        least: of the energy of a component over the noise's, in the brighter half of the object.
+    """
+    bright = float(signal_to_noise[signal_to_noise >= signal_to_noise.mean()].mean())
+    kept = max(1, int((basis.variance / basis.variance.sum() * bright > least).sum()))
+    share = float(basis.variance[:kept].sum() / basis.variance.sum())
+    return CoefficientBasis(basis.mixing[:, :, :kept], basis.variance[:kept], basis.retained_energy * share)
+
+
+def _mean_density(sums: TrajectorySums) -> float:
+    """Samples of a channel over voxels and time points: the mean diagonal of A^H A for even sampling."""
+    time_points, coils = sums.basis.contrast.shape[0], sums.projected.shape[1]
+    return sums.samples / (coils * math.prod(sums.grid) * time_points)

@@ -37,9 +37,11 @@ from quantitron.recon.solvers.solver import Progress
 from quantitron.recon.solvers.svdmrf import DensityCompensated
 
 _BLOCK = 3
-"""Edge [voxels] of the blocks of low rank; this and the next two as ``llr`` has them."""
+"""Edge [voxels] of the blocks of low rank; this and the next three as ``llr`` has them."""
 _SMOOTHING = 0.3
 """Singular values below this share of the noise's cost their square."""
+_TILINGS = 4
+"""Tilings by blocks that share the penalty."""
 _STEPS = 5
 """Least conjugate gradient steps from one covariance to the next."""
 _BORDER = 2
@@ -62,7 +64,7 @@ class JointINR(DensityCompensated, FingerprintSolver):
     to their eigenvalues (``subspace_density.py``); 0, as published: numbers."""
     adjoint_rank: int = field(default=4, metadata={"minimum": 1})
     """Components that are unmixed, the strongest ones of tissue; the others are left out."""
-    epochs: int = field(default=60, metadata={"minimum": 1})
+    epochs: int = field(default=120, metadata={"minimum": 1})
     """Steps of the fit, over all voxels each; many of them teach the network the aliasing."""
     learning_rate: float = field(default=1e-2, metadata={"above": 0})
     """Of Adam."""
@@ -80,7 +82,7 @@ class JointINR(DensityCompensated, FingerprintSolver):
     """Weight decay of the hash grid, for images of mean square 1."""
     decay_network: float = field(default=2e-4, metadata={"minimum": 0})
     """Weight decay of the perceptron and the heads."""
-    whitening: float = field(default=0.5, metadata={"minimum": 0, "maximum": 1})
+    whitening: float = field(default=0.0, metadata={"minimum": 0, "maximum": 1})
     """0, as published: strong components count most and form the features; 1: all count alike."""
     heads: str = field(default="exact", metadata={"choices": ("exact", "trained")})
     """Whether heads are solved for in every step, or follow the gradient, as published."""
@@ -93,9 +95,9 @@ class JointINR(DensityCompensated, FingerprintSolver):
     published: the network's images are the result."""
     attraction: float = field(default=0.6, metadata={"above": 0})
     """How much the network's images are worth in that, in units of the linear estimate's prior."""
-    low_rank: float = field(default=0.5, metadata={"minimum": 0})
+    low_rank: float = field(default=0.6, metadata={"minimum": 0})
     """Weight of locally low rank in that, as ``llr``'s."""
-    reweightings: int = field(default=3, metadata={"minimum": 1})
+    reweightings: int = field(default=8, metadata={"minimum": 1})
     """Times in each round that blocks are given the covariance of their signals."""
 
     def solve(self, problem: FingerprintProblem, progress: Progress) -> Iterator[Maps]:
@@ -167,8 +169,13 @@ class JointINR(DensityCompensated, FingerprintSolver):
         fixed = operator.mean_diagonal()[:, None, None] + 0.3 * share * prior.diagonal()
         right_hand_side = estimate.data + share * prior.precision(network)
         for _ in range(self.reweightings):
-            blocks = penalty.reweighting(
-                u, _SMOOTHING * estimate.image_noise, penalty.random_shift(u.shape, generator)
+            blocks = BlockPrecision.mean(
+                [
+                    penalty.reweighting(
+                        u, _SMOOTHING * estimate.image_noise, penalty.random_shift(u.shape, generator)
+                    )
+                    for _ in range(_TILINGS)
+                ]
             )
 
             def normal(image: Tensor, blocks: BlockPrecision = blocks) -> Tensor:
