@@ -1,9 +1,10 @@
 """Fingerprinting between k-space and the dictionary: ADMM (Asslaender 2018).
 
-    minimise 1/2 ||s - A U||^2  subject to  U(r) = PD(r) d(T1(r), T2(r))
+    minimise 1/2 ||s - A U||^2 + field_share Q(U)  subject to  U(r) = PD(r) d(T1(r), T2(r))
 
 in turns: conjugate gradients for U, pulled towards the fingerprints that were found; matching of U plus the
-multipliers; the multipliers. The set of fingerprints is not convex, and the penalty decides how quickly the
+multipliers; the multipliers. Q is the Gaussian prior of the linear estimate, without which noise is fitted
+after some rounds. The set of fingerprints is not convex, and the penalty decides how quickly the
 iterates commit to atoms. METHODS 4.
 """
 
@@ -32,8 +33,10 @@ class FingerprintAdmm(FingerprintSolver):
 
     linear_iterations: int = field(default=4, metadata={"minimum": 1})
     """Conjugate gradient steps of the second pass: only a start is wanted here."""
-    penalty: float = field(default=0.5, metadata={"above": 0})
+    penalty: float = field(default=0.2, metadata={"above": 0})
     """Pull towards the fingerprints, in units of the mean curvature of the data term."""
+    field_share: float = field(default=1.0, metadata={"minimum": 0})
+    """Share of the linear estimate's prior that is kept; 0, as published: none, voxels are on their own."""
     rounds: int = field(default=10, metadata={"minimum": 1})
     """Rounds of the splitting."""
     iterations: int = field(default=10, metadata={"minimum": 1})
@@ -54,12 +57,13 @@ class FingerprintAdmm(FingerprintSolver):
         self, estimate: FingerprintEstimate, problem: FingerprintProblem, progress: Progress
     ) -> Tensor:
         """U (x, k, z, y) where both agree."""
-        operator, diagonal = estimate.operator, estimate.operator.mean_diagonal()[:, None, None]
-        nearest = _Fingerprints(estimate, problem)
+        operator, prior, share = estimate.operator, estimate.prior, self.field_share
+        diagonal = operator.mean_diagonal()[:, None, None] + 0.3 * share * prior.diagonal()
+        nearest = _Fingerprints(estimate, problem, self.match_groups)
 
         def closest(target: Tensor, factor: float, last: Tensor) -> Tensor:
             return conjugate_gradient(
-                lambda u: operator(u) + factor * u,
+                lambda u: operator(u) + factor * u + (share * prior.precision(u) if share else 0.0),
                 estimate.data + factor * target,
                 start=last,
                 preconditioner=lambda residual: residual / (diagonal + factor),
@@ -85,7 +89,8 @@ class FingerprintAdmm(FingerprintSolver):
 class _Fingerprints:
     """The nearest fingerprint of each voxel with signal; other voxels stay as they are."""
 
-    def __init__(self, estimate: FingerprintEstimate, problem: FingerprintProblem) -> None:
+    def __init__(self, estimate: FingerprintEstimate, problem: FingerprintProblem, groups: int) -> None:
+        self._groups = groups
         self._mixing = estimate.basis.mixing[0]  # (l, k)
         self._mask = estimate.mask.permute(2, 0, 1)  # (x, z, y)
         self._dictionary = problem.dictionary
@@ -97,7 +102,9 @@ class _Fingerprints:
         values = images.permute(0, 2, 3, 1)  # (x, z, y, k)
         mask = self._mask.to(images.device)
         inside = values[mask] @ self._mixing.to(images).T  # (v, l)
-        found = match_fingerprints(inside, self._dictionary, self._table.to(images.device), self._b1)
+        found = match_fingerprints(
+            inside, self._dictionary, self._table.to(images.device), self._b1, self._groups
+        )
         atoms = self._table[0].flatten(0, 1).to(images.device)[found.atom]  # (v, l)
         projected = found.pd[:, None] * atoms
         result = values.clone()
