@@ -37,8 +37,8 @@ class NormalOperator(Protocol):
         """(k,) mean over the voxels of the diagonal of A^H A."""
         ...
 
-    def residual_energy(self, u: Tensor, data: Tensor) -> Tensor:
-        """||s - A U||^2 for U (x, k, z, y) and A^H s."""
+    def residual_energy(self, coefficients: Tensor, adjoint_data: Tensor | None = None, /) -> float:
+        """||s - A U||^2 for U (x, k, z, y) and, where it is at hand, A^H s."""
         ...
 
     @property
@@ -104,7 +104,7 @@ class CoefficientEstimate:
 
     def residual_to_noise(self, coefficients: Tensor) -> float:
         """||s - A U||^2 / (samples noise); 1 is pure noise."""
-        residual = float(self.operator.residual_energy(coefficients, self.data))
+        residual = self.operator.residual_energy(coefficients, self.data)
         return residual / (self.operator.samples * self.noise)
 
 
