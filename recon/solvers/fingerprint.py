@@ -104,7 +104,7 @@ class FingerprintMethod(Solver):
         sums = sum_readouts(problem.kspace, problem.basis)
         noise = 1.0 if problem.noise_known else trajectory_noise_variance(sums)
         basis = fingerprint_basis(
-            problem.basis, problem.dictionary, {"t1": self.t1_range, "t2": self.t2_range}
+            problem.basis, problem.dictionary, {"t1": self.t1_range, "t2": self.t2_range}, problem.b1
         )
         progress("coil maps", 0.02)
         csm = trajectory_coil_maps(sums, basis, noise, problem.calibration)
