@@ -115,6 +115,31 @@ def match_fingerprints(
     return FingerprintMatch(atom, t1[atom // len(t2)], t2[atom % len(t2)], pd)
 
 
+def atoms_at(
+    dictionary: FingerprintDictionary, table: Tensor, atom: Tensor, b1: Tensor | None = None
+) -> Tensor:
+    """Atoms that were matched, not normalised.
+
+    Args:
+        dictionary: for its grid.
+        table: (b, i, j, l) as for matching.
+        atom: (v,) index into the flattened (i, j) grid.
+        b1: (v,) as for matching.
+
+    Returns:
+        (v, l), interpolated between the two B1 values of the dictionary about that of each voxel.
+    """
+    atoms = table.flatten(1, 2)  # (b, a, l)
+    if len(dictionary.b1) == 1:
+        return atoms[0, atom]
+    values = torch.ones(len(atom), device=table.device) if b1 is None else b1.to(table.device)
+    first, last = float(dictionary.b1[0]), float(dictionary.b1[-1])
+    place = (values.clamp(first, last) - first) / (last - first) * (len(dictionary.b1) - 1)  # (v,)
+    below = place.long().clamp_max(len(dictionary.b1) - 2)
+    share = (place - below).to(table.real.dtype)[:, None]
+    return torch.lerp(atoms[below, atom], atoms[below + 1, atom], share.to(table.dtype))
+
+
 def _b1_steps(b1: Tensor | None, voxels: int) -> list[tuple[float, Tensor | slice]]:
     """Values of B1, each with the voxels that are matched there."""
     if b1 is None:

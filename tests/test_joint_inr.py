@@ -20,6 +20,7 @@ SETTINGS = {
     "levels": 6,
     "decay_network": 1e-2,
     "grid_features": 4,
+    "consistency": 0.0,
 }
 
 

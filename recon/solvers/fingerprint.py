@@ -64,8 +64,8 @@ class FingerprintEstimate(CoefficientEstimate):
     """A^H A in the learnt basis."""
     basis: CoefficientBasis
     """The learnt basis, mixing (1, l, k): its components are uncorrelated over the object."""
-    sums: TrajectorySums
-    """What the data were reduced to."""
+    problem: FingerprintProblem
+    """The slice, for its dictionary."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class FingerprintSolver(CoefficientSolver, FingerprintMethod):
             data=data,
             coefficients=coefficients,
             basis=basis,
-            sums=prepared.sums,
+            problem=problem,
             noise=noise,
             prior=prior,
             voxel_size=(dx, dz, dy),

@@ -30,9 +30,9 @@ from quantitron.recon.masks import signal_mask
 from quantitron.recon.operators.subspace_density import unmixed_data
 from quantitron.recon.operators.toeplitz import adjoint_images
 from quantitron.recon.priors.low_rank import BlockLowRank, BlockPrecision
-from quantitron.recon.solvers.coefficient_solver import CoefficientEstimate
-from quantitron.recon.solvers.fingerprint import FingerprintSolver, Prepared
+from quantitron.recon.solvers.fingerprint import FingerprintEstimate, FingerprintSolver, Prepared
 from quantitron.recon.solvers.joint_fit import JointFitSettings, fit_joint_network
+from quantitron.recon.solvers.nearest_fingerprint import NearestFingerprint
 from quantitron.recon.solvers.solver import Progress
 from quantitron.recon.solvers.svdmrf import DensityCompensated
 
@@ -42,6 +42,8 @@ _SMOOTHING = 0.3
 """Singular values below this share of the noise's cost their square."""
 _TILINGS = 4
 """Tilings by blocks that share the penalty."""
+_CONSISTENT_FROM = 3
+"""Reweightings before fingerprints pull: by then most of them are right."""
 _STEPS = 5
 """Least conjugate gradient steps from one covariance to the next."""
 _BORDER = 2
@@ -93,12 +95,15 @@ class JointINR(DensityCompensated, FingerprintSolver):
     rounds: int = field(default=1, metadata={"minimum": 0})
     """With ``start: cg``: times that the images are drawn towards the network's and the data; 0, as
     published: the network's images are the result."""
-    attraction: float = field(default=0.6, metadata={"above": 0})
+    attraction: float = field(default=0.3, metadata={"above": 0})
     """How much the network's images are worth in that, in units of the linear estimate's prior."""
     low_rank: float = field(default=0.6, metadata={"minimum": 0})
     """Weight of locally low rank in that, as ``llr``'s."""
     reweightings: int = field(default=8, metadata={"minimum": 1})
     """Times in each round that blocks are given the covariance of their signals."""
+    consistency: float = field(default=1.0, metadata={"minimum": 0})
+    """Pull towards the nearest fingerprints in that, in units of the mean curvature of the data term, once
+    blocks have been reweighted three times; 0: none."""
 
     def solve(self, problem: FingerprintProblem, progress: Progress) -> Iterator[Maps]:
         """Reconstruct one slice; yields the final maps only."""
@@ -138,7 +143,7 @@ class JointINR(DensityCompensated, FingerprintSolver):
         images = adjoint_images(unmixed, csm, torch.eye(rank, device=csm.device), weights.to(csm.device))
         return images, basis
 
-    def refine(self, estimate: CoefficientEstimate, seed: int, progress: Progress) -> Tensor:
+    def refine(self, estimate: FingerprintEstimate, seed: int, progress: Progress) -> Tensor:
         """The network's images, or what the rounds make of them."""
         generator = torch.Generator().manual_seed(seed)
         parts = 2 * self.rounds + 1
@@ -159,16 +164,18 @@ class JointINR(DensityCompensated, FingerprintSolver):
         return drawn if self.rounds else images
 
     def _drawn(
-        self, estimate: CoefficientEstimate, network: Tensor, u: Tensor, generator: torch.Generator
+        self, estimate: FingerprintEstimate, network: Tensor, u: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Images between data and network, from u on; blocks take their covariance from the last ones."""
         operator, prior, share = estimate.operator, estimate.prior, self.attraction
         voxels = prod(min(_BLOCK, n) for n in (u.shape[0], *u.shape[2:]))
         threshold = estimate.noise_threshold(u.shape[1], voxels)
         penalty = BlockLowRank(self.low_rank * threshold, (_BLOCK,) * 3)
-        fixed = operator.mean_diagonal()[:, None, None] + 0.3 * share * prior.diagonal()
-        right_hand_side = estimate.data + share * prior.precision(network)
-        for _ in range(self.reweightings):
+        curvature = operator.mean_diagonal()[:, None, None]
+        fixed = curvature + 0.3 * share * prior.diagonal()
+        attracted = estimate.data + share * prior.precision(network)
+        nearest = NearestFingerprint(estimate, self.match_groups) if self.consistency else None
+        for number in range(self.reweightings):
             blocks = BlockPrecision.mean(
                 [
                     penalty.reweighting(
@@ -177,13 +184,16 @@ class JointINR(DensityCompensated, FingerprintSolver):
                     for _ in range(_TILINGS)
                 ]
             )
+            right_hand_side, pull = attracted, 0.0 * curvature
+            if nearest is not None and number >= _CONSISTENT_FROM:
+                pull = self.consistency * curvature
+                right_hand_side = attracted + pull * nearest(u)
 
-            def normal(image: Tensor, blocks: BlockPrecision = blocks) -> Tensor:
-                return operator(image) + blocks(image) + share * prior.precision(image)
+            def normal(image: Tensor, blocks: BlockPrecision = blocks, pull: Tensor = pull) -> Tensor:
+                return operator(image) + blocks(image) + share * prior.precision(image) + pull * image
 
-            u = self.settle(
-                operator, estimate.noise, normal, right_hand_side, fixed + blocks.diagonal(u), _STEPS, u
-            )
+            diagonal = fixed + blocks.diagonal(u) + pull
+            u = self.settle(operator, estimate.noise, normal, right_hand_side, diagonal, _STEPS, u)
         return u
 
     def _fitted(

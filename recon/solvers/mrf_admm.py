@@ -10,7 +10,6 @@ iterates commit to atoms. METHODS 4.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -18,10 +17,9 @@ from torch import Tensor
 
 from quantitron.recon.algorithms.admm import admm
 from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
-from quantitron.recon.data import FingerprintProblem, Maps
-from quantitron.recon.fingerprint_match import dictionary_table, match_fingerprints
 from quantitron.recon.solvers.coefficient_solver import LEAST_TOLERANCE
 from quantitron.recon.solvers.fingerprint import FingerprintEstimate, FingerprintSolver
+from quantitron.recon.solvers.nearest_fingerprint import NearestFingerprint
 from quantitron.recon.solvers.solver import Progress
 
 
@@ -42,24 +40,12 @@ class FingerprintAdmm(FingerprintSolver):
     iterations: int = field(default=10, metadata={"minimum": 1})
     """Conjugate gradient steps in each of them."""
 
-    def solve(self, problem: FingerprintProblem, progress: Progress) -> Iterator[Maps]:
-        """Reconstruct one slice; yields the final maps only."""
-        estimate = self.linear_estimate(problem, progress)
-        coefficients = self._split(
-            estimate, problem, lambda doing, share: progress(doing, 0.4 + 0.45 * share)
-        )
-        residual = estimate.residual_to_noise(coefficients)
-        progress("matching", 0.85)
-        yield self.matched(coefficients, estimate.basis, problem, residual)
-        progress("done", 1.0)
-
-    def _split(
-        self, estimate: FingerprintEstimate, problem: FingerprintProblem, progress: Progress
-    ) -> Tensor:
+    def refine(self, estimate: FingerprintEstimate, seed: int, progress: Progress) -> Tensor:
         """U (x, k, z, y) where both agree."""
+        del seed
         operator, prior, share = estimate.operator, estimate.prior, self.field_share
         diagonal = operator.mean_diagonal()[:, None, None] + 0.3 * share * prior.diagonal()
-        nearest = _Fingerprints(estimate, problem, self.match_groups)
+        nearest = NearestFingerprint(estimate, self.match_groups)
 
         def closest(target: Tensor, factor: float, last: Tensor) -> Tensor:
             return conjugate_gradient(
@@ -84,29 +70,3 @@ class FingerprintAdmm(FingerprintSolver):
             tolerance=0.0,
             stop=stop,
         ).x
-
-
-class _Fingerprints:
-    """The nearest fingerprint of each voxel with signal; other voxels stay as they are."""
-
-    def __init__(self, estimate: FingerprintEstimate, problem: FingerprintProblem, groups: int) -> None:
-        self._groups = groups
-        self._mixing = estimate.basis.mixing[0]  # (l, k)
-        self._mask = estimate.mask.permute(2, 0, 1)  # (x, z, y)
-        self._dictionary = problem.dictionary
-        self._table = dictionary_table(problem.dictionary, problem.basis)  # (b, i, j, l)
-        self._b1 = None if problem.b1 is None else problem.b1.permute(2, 0, 1)[self._mask]
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """(x, k, z, y) -> (x, k, z, y)."""
-        values = images.permute(0, 2, 3, 1)  # (x, z, y, k)
-        mask = self._mask.to(images.device)
-        inside = values[mask] @ self._mixing.to(images).T  # (v, l)
-        found = match_fingerprints(
-            inside, self._dictionary, self._table.to(images.device), self._b1, self._groups
-        )
-        atoms = self._table[0].flatten(0, 1).to(images.device)[found.atom]  # (v, l)
-        projected = found.pd[:, None] * atoms
-        result = values.clone()
-        result[mask] = (projected @ self._mixing.to(images).conj()).to(images.dtype)
-        return result.permute(0, 3, 1, 2)
