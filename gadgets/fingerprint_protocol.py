@@ -62,6 +62,8 @@ def fingerprint_protocol(
     elif inversion:
         notes.append("the header's TI is 0: taken as an inversion right before the first excitation")
         inversion = (0.0,)
+    else:
+        notes.append("the header gives no TI: the fingerprint is taken to begin without an inversion")
     user = preparation_parameters(header)
     return Protocol(
         sequence="fisp_mrf",

@@ -314,6 +314,7 @@ class TrajectoryScan:
         matrix = self._context.encoding.matrix[::-1][: self._dimensions]
         column = int(self._largest.argmax())
         if self._largest[column] <= 0.5 + ROUNDING:
+            self._refuse_flat(matrix)
             return False
         for axis, points in enumerate(matrix):
             if self._largest[axis] > points * (0.5 + ROUNDING):
@@ -325,16 +326,33 @@ class TrajectoryScan:
         # Cycles per field of view that stay below one make no image: something else is meant.
         for axis in range(self._dimensions):
             if 0 < self._largest[axis] < 1:
+                other = f"k{COLUMNS[axis]} only reaches {self._largest[axis]:.4g}, "
                 raise ScanError(
                     f"acquisition {self._farthest[column]} reaches k{COLUMNS[column]} = "
-                    f"{self._largest[column]:.4g}, beyond 0.5 cycles per voxel, but k{COLUMNS[axis]} only "
-                    f"reaches {self._largest[axis]:.4g}, too little for cycles per field of view"
+                    f"{self._largest[column]:.4g}, beyond 0.5 cycles per voxel, but "
+                    f"{other if axis != column else 'that is '}too little for cycles per field of view"
                 )
+        self._refuse_flat(tuple(1 for _ in matrix))
         self._context.note(
             f"the trajectory reaches {self._largest[column]:.4g}: taken as cycles per field of view and "
             "divided by the matrix"
         )
         return True
+
+    def _refuse_flat(self, voxels: tuple[int, ...]) -> None:
+        """Refuse a scan that stays within one cycle per field of view along an axis: no image comes of it.
+
+        Args:
+            voxels: (x, y[, z]) over which the unit of the trajectory counts its cycles.
+        """
+        given = min(self._columns or 0, self._dimensions)
+        for axis, points in enumerate(self._context.encoding.matrix[::-1][:given]):
+            reach = self._largest[axis] * voxels[axis]  # cycles per field of view
+            if points > 2 and reach < 1 - ROUNDING:
+                raise ScanError(
+                    f"k{COLUMNS[axis]} of all readouts stays within {reach:.4g} cycles per field of view: "
+                    f"the trajectory tells nothing about the {points} voxels along {COLUMNS[axis]}"
+                )
 
 
 def _of(readouts: Readouts, chosen: NDArray[np.bool_]) -> Readouts:

@@ -44,7 +44,8 @@ def test_encoding_and_protocol_survive_the_header(grid, protocol):
         protocol.frames,
     )
     assert context.axes == {"ti": "repetition"}
-    assert context.notes == []
+    none = "the header gives no TI: the fingerprint is taken to begin without an inversion"
+    assert context.notes == ([] if protocol.inversion_time else [none])
 
 
 def test_the_written_header_has_equal_spaces_and_counts_interleaves_and_partitions():

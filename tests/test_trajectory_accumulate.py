@@ -233,6 +233,32 @@ def test_a_little_beyond_the_edge_is_neither_unit():
         accumulate(numbered(lines), context())
 
 
+def test_the_sentence_does_not_name_one_direction_against_itself():
+    lines = whole_scan()
+    lines.trajectory[..., 0] = 0.7 * np.sign(lines.trajectory[..., 0])
+    expected = "kx = 0.7, beyond 0.5 cycles per voxel, but that is too little for cycles per field of view"
+    with pytest.raises(ScanError, match=expected):
+        accumulate(numbered(lines), context())
+
+
+@pytest.mark.parametrize("factor", [0, 0.1, 1e-3])
+@pytest.mark.parametrize("column", [0, 1])
+def test_a_trajectory_without_extent_is_an_error(column, factor):
+    lines = whole_scan()
+    lines.trajectory[..., column] *= factor
+    name = "xy"[column]
+    with pytest.raises(ScanError, match=f"k{name} of all readouts stays within .* along {name}"):
+        accumulate(numbered(lines), context())
+
+
+def test_a_direction_that_stays_zero_in_cycles_per_field_of_view_is_an_error_too():
+    lines = whole_scan()
+    lines.trajectory[..., 0] *= 16
+    lines.trajectory[..., 1] = 0
+    with pytest.raises(ScanError, match="ky of all readouts stays within 0 cycles per field of view"):
+        accumulate(numbered(lines), context())
+
+
 def test_columns_of_different_units_are_an_error():
     lines = whole_scan(columns=3)
     lines.trajectory[..., 2] *= 6
