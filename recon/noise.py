@@ -24,7 +24,7 @@ def noise_variance(reduced: ReducedKSpace, outermost: float = 0.15) -> float:
         outermost: share of the acquired points that is used, those furthest from the centre.
 
     Returns:
-        variance in the units of the data, 1 for whitened data.
+        variance in the units of the data, 1 for whitened data; above 0.
     """
     _, _, nz, ny = reduced.count.shape
     z = (torch.arange(nz) - nz // 2) / max(nz, 1)
@@ -47,7 +47,7 @@ def trajectory_noise_variance(sums: TrajectorySums, outermost: float = 0.15) -> 
         outermost: share of the points that is used, those furthest from the centre.
 
     Returns:
-        variance in the units of the data.
+        variance in the units of the data; above 0.
     """
     radius = sums.trajectory.double().square().sum(1)
     edge = torch.quantile(radius[:: max(1, len(radius) // 1_000_000)], 1 - outermost)
@@ -69,4 +69,7 @@ def _from_sums(weight: Tensor, projected: Tensor) -> float:
     # b_l is a sum of noise weighted with psi_l; its variance is G_ll times that of a sample.
     power = samples.abs().square() / weight[point, strongest][:, None, None]
     values = np.asarray(power.flatten())
+    values = values[values > 0]  # a dead channel and zeros that stand for samples tell nothing
+    if not values.size:
+        return 1.0  # nothing was measured: any level will do
     return float(np.quantile(values, _QUANTILE)) / -math.log1p(-_QUANTILE)
