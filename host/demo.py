@@ -14,13 +14,16 @@ from quantitron.gadgets.image_file import TRUTH_GROUP, read_images
 from quantitron.gadgets.map_volume import map_volumes
 from quantitron.host.compare import compare
 from quantitron.host.replay import replay
-from quantitron.phantoms.simulate import simulate
+from quantitron.phantoms.simulate import Simulation, simulate
+from quantitron.phantoms.simulate_fingerprint import simulate_fingerprint
 from quantitron.reports.map_figure import figure_beside_truth
 
 logger = logging.getLogger("quantitron")
 
 PIPELINES = {"subspace": "subspace", "lorein": "LoREIN"}
-"""Pipeline -> its name in tables and pictures."""
+"""Pipeline -> its name in tables and pictures, for Cartesian scans."""
+FINGERPRINT_PIPELINES = {"svdmrf": "SVDMRF", "joint_inr": "joint INR", "llr": "LLR"}
+"""The same for fingerprints."""
 TIMES = {"T1": "T1", "T2": "T2", "T2STAR": "T2*"}
 """Maps that are compared -> their names in tables."""
 
@@ -38,6 +41,39 @@ class Scan:
     excitations: int | None = None
     coils: int = 8
     snr: float = 30.0
+    points: int | None = None
+    """Time points of a fingerprint, one of ``acceleration`` spirals each, in shuffled order."""
+
+    @property
+    def pipelines(self) -> dict[str, str]:
+        """Pipelines that are compared, with their names."""
+        return PIPELINES if self.points is None else FINGERPRINT_PIPELINES
+
+    def simulate(self, raw: Path) -> Simulation:
+        """Write the raw data."""
+        if self.points is None:
+            return simulate(
+                sequence=self.sequence,
+                output=raw,
+                matrix=self.matrix,
+                fov=self.field_of_view,
+                coils=self.coils,
+                acceleration=self.acceleration,
+                snr=self.snr,
+                excitations=self.excitations,
+                overwrite=True,
+            )
+        return simulate_fingerprint(
+            output=raw,
+            matrix=self.matrix,
+            fov=self.field_of_view,
+            coils=self.coils,
+            points=self.points,
+            interleaves=round(self.acceleration),
+            order="shuffled",
+            snr=self.snr,
+            overwrite=True,
+        )
 
 
 @dataclass(frozen=True)
@@ -57,6 +93,7 @@ class Result:
 SCANS = (
     Scan("vfa_gre", (64, 80, 6), (160.0, 200.0, 24.0), 27.0),
     Scan("t2ir_gre", (64, 80, 6), (160.0, 200.0, 24.0), 160.0, excitations=40),
+    Scan("fisp_mrf", (128, 128, 1), (210.0, 210.0, 5.0), 32.0, points=400, snr=10.0),
 )
 
 
@@ -91,23 +128,13 @@ def _picture(scan: Scan, folder: Path) -> Path:
 
 def _run(scan: Scan, folder: Path) -> list[Result]:
     raw = folder / f"{scan.sequence}_raw.h5"
-    simulated = simulate(
-        sequence=scan.sequence,
-        output=raw,
-        matrix=scan.matrix,
-        fov=scan.field_of_view,
-        coils=scan.coils,
-        acceleration=scan.acceleration,
-        snr=scan.snr,
-        excitations=scan.excitations,
-        overwrite=True,
-    )
+    simulated = scan.simulate(raw)
     size = " x ".join(str(points) for points in scan.matrix)
     headline = (
         f"{scan.sequence}, {size}, {scan.coils} coils, SNR {scan.snr:g}, R = {simulated.acceleration:.0f}"
     )
     results, methods = [], {}
-    for pipeline, method in PIPELINES.items():
+    for pipeline, method in scan.pipelines.items():
         maps = folder / f"{scan.sequence}_{pipeline}.h5"
         logger.info("%s: %s", headline, method)
         begun = time.monotonic()
@@ -130,7 +157,7 @@ def _run(scan: Scan, folder: Path) -> list[Result]:
         _picture(scan, folder),
         methods,
         map_volumes(read_images(raw, TRUTH_GROUP)),
-        f"{headline}, partition {middle + 1} of {scan.matrix[2]}",
+        headline if scan.matrix[2] == 1 else f"{headline}, partition {middle + 1} of {scan.matrix[2]}",
         middle,
         tuple(TIMES),
     )

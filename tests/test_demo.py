@@ -10,7 +10,7 @@ import pytest
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.image_file import image_groups
 from quantitron.host.compare import compare
-from quantitron.host.demo import PIPELINES, Scan, demo
+from quantitron.host.demo import FINGERPRINT_PIPELINES, PIPELINES, Scan, demo
 
 
 def test_demo_gives_numbers_and_a_picture(tmp_path: Path) -> None:
@@ -41,6 +41,18 @@ def test_demo_gives_numbers_and_a_picture(tmp_path: Path) -> None:
     assert picture.shape[1] > picture.shape[0] > 300
     assert picture[..., :3].std() > 0.1
     assert (folder / "vfa_gre.png").name in text
+
+
+def test_demo_of_a_fingerprint(tmp_path: Path) -> None:
+    scan = Scan("fisp_mrf", (48, 48, 1), (200.0, 200.0, 5.0), 6.0, coils=4, snr=20.0, points=120)
+    text = demo(tmp_path, (scan,))
+    errors = {}
+    for pipeline, method in FINGERPRINT_PIPELINES.items():
+        result = compare(tmp_path / f"fisp_mrf_{pipeline}.h5", tmp_path / "fisp_mrf_raw.h5")["maps"]
+        errors[method] = result["T2"]["mape_wm"]
+        assert method in text
+    assert errors["LLR"] < errors["SVDMRF"]
+    assert matplotlib.image.imread(tmp_path / "fisp_mrf.png").shape[1] > 300
 
 
 def test_demo_that_cannot_write_says_so(tmp_path: Path) -> None:
