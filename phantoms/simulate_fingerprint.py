@@ -101,7 +101,8 @@ def simulate_fingerprint(
         volume: how z > 1 is scanned: ``stack`` of spirals, each partition with a train of its own, or
             ``tilted``: spirals in upright planes, ceil(pi/2 max(x, y)) of them over half a turn. From one
             readout to the next the plane goes on by the golden section of half a turn (sequential), or
-            planes too come in random order (shuffled).
+            planes too come in random order (shuffled). ``kspace_encode_step_2`` counts the planes, ``average``
+            the trains.
         trains: trains of a ``tilted`` scan; None takes as many as there are partitions.
         fov: field of view (x, y, z) [mm] of one slice; None takes one that suits the phantom.
         slices: slices (z = 1) or slabs, contiguous along z.
@@ -191,14 +192,18 @@ def simulate_fingerprint(
     else:
         count = grid[0] if trains is None else trains
         played = tilted_trains(order, step, protocol.contrasts, interleaves, planes, count, slices, seed)
-        header.encoding[0].encodingLimits.kspace_encoding_step_2 = ismrmrd.xsd.limitType(
-            minimum=0, maximum=planes - 1, center=0
-        )
+        # The counter of the planes takes not every value at every time point: it announces nothing.
+        limits = header.encoding[0].encodingLimits
+        limits.kspace_encoding_step_2 = None
+        limits.average = ismrmrd.xsd.limitType(minimum=0, maximum=count - 1, center=0)
     low = arms[:, : int(np.searchsorted(np.linalg.norm(arms[0], axis=1), calibration_radius)) + 1]
     if calibration == "separate":
         played = with_calibration(played, interleaves, grid[0], calibration_radius, brightest)
     positions = [(0.0, 0.0, 1e3 * place) for place in heights]
     heads = readout_headers(played, protocol, positions, (spiral or SpiralDesign()).dwell_time)
+    if volume == "tilted":
+        for number, head in enumerate(heads):
+            head["idx"]["average"] = number % count
 
     points_of_noise = arms.shape[1]
     noise_lines = 0 if noise_free else -(-NOISE_SAMPLES // points_of_noise)
