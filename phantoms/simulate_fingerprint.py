@@ -101,8 +101,8 @@ def simulate_fingerprint(
         volume: how z > 1 is scanned: ``stack`` of spirals, each partition with a train of its own, or
             ``tilted``: spirals in upright planes, ceil(pi/2 max(x, y)) of them over half a turn. From one
             readout to the next the plane goes on by the golden section of half a turn (sequential), or
-            planes too come in random order (shuffled). ``kspace_encode_step_2`` counts the planes, ``average``
-            the trains.
+            planes too come in random order (shuffled). ``kspace_encode_step_2`` counts the planes,
+            ``average`` the trains.
         trains: trains of a ``tilted`` scan; None takes as many as there are partitions.
         fov: field of view (x, y, z) [mm] of one slice; None takes one that suits the phantom.
         slices: slices (z = 1) or slabs, contiguous along z.
