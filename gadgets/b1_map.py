@@ -16,6 +16,8 @@ from quantitron.gadgets.header import counter_length
 
 PLAUSIBLE = (0.2, 2.0)
 """Actual over nominal flip angle outside of which a map is taken for something else (degrees, per cent)."""
+ROUNDING = 1e-3
+"""Excess of a map over the B1 of the dictionary that needs no mention."""
 
 
 def read_b1_map(path: str, context: Context) -> Tensor:
@@ -27,7 +29,7 @@ def read_b1_map(path: str, context: Context) -> Tensor:
         context: of a fingerprint scan, with its dictionary.
 
     Returns:
-        (s, z, y, x) float32.
+        (s, z, y, x) float32. What lies beyond the dictionary's B1 is noted.
 
     Raises:
         ScanError: if the file cannot be read, the map does not fit the scan or holds values that are no B1,
@@ -63,6 +65,14 @@ def read_b1_map(path: str, context: Context) -> Tensor:
             f"the B1 map {path} runs from {low:g} to {high:g}; actual over nominal flip angle must lie in "
             f"{PLAUSIBLE[0]:g}..{PLAUSIBLE[1]:g}"
         )
+    if context.dictionary is not None:
+        first, last = float(context.dictionary.b1[0]), float(context.dictionary.b1[-1])
+        beyond = int(np.count_nonzero((values < first - ROUNDING) | (values > last + ROUNDING)))
+        if beyond:
+            context.note(
+                f"{beyond} of {values.size} voxels of the B1 map, which runs from {low:.3g} to {high:.3g}, "
+                f"lie beyond the dictionary's {first:.3g}..{last:.3g} and are taken at its ends"
+            )
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
 

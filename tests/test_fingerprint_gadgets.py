@@ -269,6 +269,20 @@ def test_a_b1_map_reaches_the_solver_slice_by_slice(tmp_path, kind):
     np.testing.assert_allclose(t2, 100 * values[:, 0], rtol=1e-5)
 
 
+def test_b1_beyond_the_dictionary_is_said(tmp_path):
+    values = np.ones((1, 16, 16), np.float32)
+    values[0, 0, :3], values[0, 5, 5] = 0.7, 1.2005
+    np.save(tmp_path / "b1.npy", values)
+    header = make_header(images(), fingerprint())
+    options = {"reconstruct": b1_property(tmp_path / "b1.npy"), "b1_points": 3}
+    beyond = [
+        [note for note in chain(header, b1_range=limits, **options).context.notes if "B1 map" in note]
+        for limits in ((0.8, 1.2), (0.7, 1.3))
+    ]
+    assert beyond[1] == []
+    assert "3 of 256 voxels of the B1 map, which runs from 0.7 to 1.2, lie beyond" in beyond[0][0]
+
+
 def test_a_b1_map_of_one_slice_may_leave_the_slice_axis_out(tmp_path):
     np.save(tmp_path / "b1.npy", np.ones((1, 16, 16), np.float32))
     header = make_header(images(), fingerprint())
