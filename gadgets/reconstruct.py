@@ -108,27 +108,39 @@ class Reconstruct(Gadget):
         context.seed = self.seed
 
     def __call__(self, items: Iterable[SliceProblem], context: Context) -> Iterator[Maps]:
-        """Reconstruct slice by slice; a slice that fails leaves no values and does not stop the others."""
-        problems = list(items)
+        """Reconstruct slice by slice; a slice that fails leaves no values and does not stop the others.
+
+        Args:
+            items: as many problems as ``context.encoding`` then has slices.
+            context: of the scan.
+        """
+        # The first problem comes when the scan has ended; until then others may have the device. Of the rest
+        # each is made when it is its turn: all at once, they would hold the data of the scan a second time.
+        problems = iter(items)
+        problem = next(problems, None)
+        slices = context.encoding.slices
         device = choose_device(self.device)
         context.device = str(device)
         finished: list[Maps | None] = []
         reason = ""
         with _device_to_ourselves(device):
-            for number, problem in enumerate(problems):
+            while problem is not None:
+                number = len(finished)
                 final: Maps | None = None
                 try:
                     for maps in self.method.solve(
-                        replace(problem, device=device, seed=self.seed), _progress_of(number, len(problems))
+                        replace(problem, device=device, seed=self.seed), _progress_of(number, slices)
                     ):
-                        if maps.preview and len(problems) == 1:
+                        if maps.preview and slices == 1:
                             yield _crop(maps, problem.encoding)
                         final = maps
                 except (ValueError, torch.cuda.OutOfMemoryError, MemoryError) as error:
                     reason = str(error) or type(error).__name__
-                    if len(problems) > 1:
-                        context.fail(f"slice {number} of {len(problems)} was not reconstructed: {reason}")
+                    if slices > 1:
+                        context.fail(f"slice {number} of {slices} was not reconstructed: {reason}")
                 finished.append(None if final is None else _crop(final, problem.encoding))
+                problem = None  # before the next one is made
+                problem = next(problems, None)
         done = [maps for maps in finished if maps is not None]
         if not done:
             raise ScanError(

@@ -253,6 +253,7 @@ def test_slices_are_stacked_and_one_without_signal_does_not_stop_the_other():
     gadget = Reconstruct.build({"solver": "lorein", "device": "cpu", "levels": "6"}, "test")
     context = _context(problem)
     gadget.prepare(context)
+    context.encoding = replace(context.encoding, slices=2)
     (maps,) = gadget([problem, replace(problem, reduced=empty)], context)
     assert maps.values["t1"].shape == (2, *problem.encoding.matrix)
     assert maps.mask[0].any()

@@ -1,5 +1,6 @@
 """The gadget ``reconstruct``: its settings, its device, and slices that fail."""
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -55,6 +56,7 @@ def _context():
 def _run(energies, context):
     gadget = Reconstruct.build({"solver": "numbered", "device": "cpu"}, "test")
     gadget.prepare(context)
+    context.encoding = replace(context.encoding, slices=len(energies))
     return list(gadget((_problem(energy) for energy in energies), context))
 
 
@@ -73,6 +75,26 @@ def test_a_failed_slice_leaves_the_others():
     assert not maps.mask[1].any()
     assert maps.values["pd"][2].eq(3).all()
     assert context.failures == ["slice 1 of 3 was not reconstructed: the energy is negative"]
+
+
+def test_slices_are_made_one_at_a_time():
+    """A slice's problem holds its share of the raw data: it goes before the next one comes."""
+    alive, most = weakref.WeakSet(), []
+
+    def problems():
+        for energy in (1.0, 2.0, -3.0, 4.0):
+            most.append(len(alive))
+            # A tensor stands for the data of the slice.
+            problem = _problem(energy)
+            alive.add(problem.reduced.gram)
+            yield problem
+            del problem
+
+    context = _context()
+    context.encoding = replace(context.encoding, slices=4)
+    (maps,) = Reconstruct.build({"solver": "numbered", "device": "cpu"}, "test")(problems(), context)
+    assert maps.values["pd"].shape[0] == 4
+    assert most == [0, 0, 0, 0]
 
 
 def test_a_scan_without_signal_is_said_to_be_one():
