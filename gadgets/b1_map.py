@@ -65,15 +65,16 @@ def read_b1_map(path: str, context: Context) -> Tensor:
             f"the B1 map {path} runs from {low:g} to {high:g}; actual over nominal flip angle must lie in "
             f"{PLAUSIBLE[0]:g}..{PLAUSIBLE[1]:g}"
         )
+    b1 = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
     if context.dictionary is not None:
         first, last = float(context.dictionary.b1[0]), float(context.dictionary.b1[-1])
-        beyond = int(np.count_nonzero((values < first - ROUNDING) | (values > last + ROUNDING)))
+        beyond = int(((b1 < first - ROUNDING) | (b1 > last + ROUNDING)).sum())
         if beyond:
             context.note(
-                f"{beyond} of {values.size} voxels of the B1 map, which runs from {low:.3g} to {high:.3g}, "
+                f"{beyond} of {b1.numel()} voxels of the B1 map, which runs from {low:.3g} to {high:.3g}, "
                 f"lie beyond the dictionary's {first:.3g}..{last:.3g} and are taken at its ends"
             )
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    return b1
 
 
 def check_slices(b1: Tensor | NDArray[np.generic], slices: int) -> None:
