@@ -10,6 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NOISE_SPREAD = 8.0
+"""Largest eigenvalue of noise over its smallest, for about five windows a column (Marchenko and Pastur 1967).
+
+Where noise is strong it passes the threshold, all is signal, and the maps come out alike for all coils: at a
+signal-to-noise ratio of 2 in a frame 1.3 rad off, with this 0.02."""
+
 
 def espirit(
     calibration: Tensor,
@@ -24,7 +30,8 @@ def espirit(
         calibration: (n, c, z, y, x) k-space blocks, centred, fully sampled; the n images share the coil maps.
         grid: (z, y, x) places at which the maps are evaluated; at least twice the kernel in each direction.
         kernel: (z, y, x) size of the windows; cut to the block where that is smaller.
-        threshold: singular values below this share of the largest belong to noise.
+        threshold: singular values below this share of the largest belong to noise, as do those that are
+            about as small as the smallest.
         power_iterations: steps of the power method for the dominant eigenvector.
 
     Returns:
@@ -47,7 +54,8 @@ def espirit(
     rows = windows.permute(0, 2, 3, 4, 1, 5, 6, 7).reshape(-1, coils * size[0] * size[1] * size[2])
     normal = rows.mH @ rows  # of the calibration matrix
     values, vectors = torch.linalg.eigh(normal)
-    signal = vectors[:, values > threshold**2 * values[-1]]
+    least = torch.maximum(threshold**2 * values[-1], NOISE_SPREAD * values[0])
+    signal = vectors[:, (values > least) | (values == values[-1])]
     # The windows are rows: as columns they lie in the conjugate space.
     projector = (signal.conj() @ signal.mT).reshape(coils, *size, coils, *size)
     # Sum over window positions of equal difference: a small (c, c) kernel, whose transform is the matrix.
