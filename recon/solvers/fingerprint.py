@@ -200,6 +200,7 @@ class FingerprintSolver(CoefficientSolver, FingerprintMethod):
             turn = rotation[:, : basis.rank].mH.to(start)  # (new k, k)
             start, data = (torch.einsum("jk,xkzy->xjzy", turn, images) for images in (start, data))
             progress("point spread functions", 0.23)
+            del operator  # most of the memory: never the kernels of both
             operator = ToeplitzSense(prepared.sums, prepared.csm, basis.mixing[0].to(problem.device))
             prior = self._prior(basis, energy, self.regularisation, noise, problem)
         mask = signal_mask(energy.sqrt(), self.mask_threshold)
