@@ -16,7 +16,18 @@ from quantitron.gadgets.errors import ScanError
 from quantitron.host.configuration import external_configuration, load_pipeline, parse_pipeline
 from quantitron.pipelines import pipeline_names
 
-PACKAGES = ("quantitron", "torch", "numpy", "scipy", "sigpy", "ismrmrd", "gadgetron", "h5py", "pyyaml")
+PACKAGES = (
+    "quantitron",
+    "torch",
+    "numpy",
+    "scipy",
+    "finufft",
+    "sigpy",
+    "ismrmrd",
+    "gadgetron",
+    "h5py",
+    "pyyaml",
+)
 LEAST_MEMORY = 2 << 30
 LEAST_DISK = 1 << 30
 IMPORT_TIMEOUT = 120.0
@@ -80,6 +91,8 @@ def _devices() -> list[Finding]:
     if not available:
         findings.append(Finding("cuda", "note", "no GPU; reconstructions run on the processors"))
     findings.append(hash_grid(available))
+    if available:
+        findings.append(nonuniform_fourier())
     if wanted:
         try:
             device = torch.device(wanted)
@@ -106,6 +119,14 @@ def hash_grid(gpu: bool) -> Finding:
             MODULE, "note", "cannot be imported; coordinate networks take the sparse-matrix hash grid"
         )
     return Finding(MODULE, "ok", "coordinate networks take its hash grid on a GPU")
+
+
+def nonuniform_fourier() -> Finding:
+    """Whether fingerprints can be reconstructed on a GPU."""
+    try:
+        return Finding("cufinufft", "ok", version("cufinufft"))
+    except PackageNotFoundError:
+        return Finding("cufinufft", "note", "not installed; fingerprints need it on a GPU, or device=cpu")
 
 
 def _pipelines() -> list[Finding]:

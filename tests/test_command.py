@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from stand_in import gather, pipeline, scan, write_raw
 
+from quantitron.host import doctor
 from quantitron.host.doctor import hash_grid
 from quantitron.pipelines import pipeline_names
 
@@ -80,6 +82,19 @@ def test_doctor_says_which_hash_grid_is_used(monkeypatch):
     assert "cannot be imported" in hash_grid(gpu=True).detail
     monkeypatch.setitem(sys.modules, "tinycudann", ModuleType("tinycudann"))
     assert hash_grid(gpu=True).state == "ok"
+
+
+def test_doctor_says_whether_fingerprints_run_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(doctor, "version", lambda name: {"cufinufft": "2.5.0"}[name])
+    assert doctor.nonuniform_fourier().as_json()["state"] == "ok"
+
+    def absent(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "version", absent)
+    finding = doctor.nonuniform_fourier()
+    assert finding.state == "note"
+    assert "fingerprints need it" in finding.detail
 
 
 def test_doctor_fails_where_a_device_is_missing(monkeypatch):

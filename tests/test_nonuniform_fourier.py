@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -143,3 +144,10 @@ def test_says_what_is_wrong() -> None:
             NonuniformFourier(torch.zeros(shape), (1, 8, 8))
     with pytest.raises(ValueError, match="expects"):
         NonuniformFourier(points, (1, 8, 8))(images(1, 8, 9))
+
+
+def test_a_gpu_without_its_library_is_a_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cufinufft", None)  # importing it raises ImportError
+    operator = NonuniformFourier(trajectory(2), (1, 8, 8))
+    with pytest.raises(ValueError, match="need the package cufinufft on a GPU, or the device cpu"):
+        operator._plan(1, 1, torch.complex64, 1e-4, torch.device("cuda"))

@@ -147,7 +147,12 @@ class NonuniformFourier(LinearOperator):
             # Both libraries name the first axis of an image x: the axes here run ([z, ]y, x).
             angles = (2 * math.pi * self._trajectory.double()).flip(1).T
             if device.type == "cuda":
-                from cufinufft import Plan as CudaPlan
+                try:
+                    from cufinufft import Plan as CudaPlan
+                except ImportError as error:
+                    raise ValueError(
+                        "scans on a trajectory need the package cufinufft on a GPU, or the device cpu"
+                    ) from error
 
                 plan = CudaPlan(
                     kind, self._modes, transforms, tolerance, sign, name, gpu_device_id=device.index or 0
