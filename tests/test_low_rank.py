@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from quantitron.recon.priors.low_rank import BlockLowRank
+from quantitron.recon.priors.low_rank import BlockLowRank, BlockPrecision
 from quantitron.recon.priors.tucker import compose, hosvd, tucker_truncate
 
 SHAPE = (11, 4, 5, 8)  # (x, k, z, y)
@@ -144,6 +144,42 @@ def test_shifts_come_from_the_generator():
     assert {s[0] for s in shifts} == {0, 1, 2, 3}
     assert {s[1] for s in shifts} == {0}  # a block spans the slab
     assert {s[2] for s in shifts} == {0, 1, 2}
+
+
+def test_tilings_share_the_penalty():
+    """The mean of several is their sum over their number, its diagonal too; of one, it is that one."""
+    u, v, prior = _random(20), _random(21), BlockLowRank(2.0, BLOCK)
+    parts = [prior.reweighting(u, 0.1, shift) for shift in SHIFTS]
+    mean = BlockPrecision.mean(parts)
+    torch.testing.assert_close(mean(v), sum(part(v) for part in parts) / len(parts), rtol=0, atol=1e-12)
+    expected = sum(part.diagonal(v) for part in parts) / len(parts)
+    torch.testing.assert_close(mean.diagonal(v), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(BlockPrecision.mean(parts[:1])(v), parts[0](v), rtol=0, atol=0)
+    nested = BlockPrecision.mean([BlockPrecision.mean(parts[:3]), parts[3]])
+    torch.testing.assert_close(nested(v), mean(v), rtol=0, atol=1e-12)  # each tiling counts alike
+
+
+def test_the_mean_of_tilings_bounds_the_mean_penalty():
+    """Its quadratic touches the mean of the penalties at U and lies above it elsewhere, Hermitian."""
+    u, prior, epsilon = _random(22), BlockLowRank(2.0, BLOCK), 1e-5
+    mean = BlockPrecision.mean([prior.reweighting(u, epsilon, shift) for shift in SHIFTS])
+
+    def penalty(image):
+        return sum(prior.value(image, shift) for shift in SHIFTS) / len(SHIFTS)
+
+    def quadratic(image):
+        return 0.5 * float(torch.vdot(image.flatten(), mean(image).flatten()).real)
+
+    assert 2 * quadratic(u) == pytest.approx(penalty(u), rel=1e-4)
+    for seed in range(5):
+        other = u + 0.3 * _random(30 + seed)
+        assert penalty(other) <= penalty(u) + quadratic(other) - quadratic(u) + 1e-3
+    one, two = _random(40), _random(41)
+    left, right = (
+        torch.vdot(one.flatten(), mean(two).flatten()),
+        torch.vdot(mean(one).flatten(), two.flatten()),
+    )
+    assert abs(complex(left - right)) < 1e-9 * abs(complex(left))
 
 
 def test_wrong_settings_are_refused():
