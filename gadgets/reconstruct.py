@@ -134,8 +134,10 @@ class Reconstruct(Gadget):
                         if maps.preview and slices == 1:
                             yield _crop(maps, problem.encoding)
                         final = maps
-                except (ValueError, torch.cuda.OutOfMemoryError, MemoryError) as error:
-                    reason = str(error) or type(error).__name__
+                except (ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
+                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    if not isinstance(error, ValueError):  # a mistake of this program: say where
+                        logger.error("slice %d: %s", number, type(error).__name__, exc_info=error)
                     if slices > 1:
                         context.fail(f"slice {number} of {slices} was not reconstructed: {reason}")
                 finished.append(None if final is None else _crop(final, problem.encoding))
