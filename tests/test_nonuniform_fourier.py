@@ -150,4 +150,20 @@ def test_a_gpu_without_its_library_is_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "cufinufft", None)  # importing it raises ImportError
     operator = NonuniformFourier(trajectory(2), (1, 8, 8))
     with pytest.raises(ValueError, match="need the package cufinufft on a GPU, or the device cpu"):
-        operator._plan(1, 1, torch.complex64, 1e-4, torch.device("cuda"))
+        operator._cuda_plan(1, 1, torch.complex64, 1e-4, torch.device("cuda"))
+
+
+def test_several_threads_give_the_same_bits_every_time():
+    """Where threads share a transform, its samples are added up in the order in which they finish."""
+    generator = torch.Generator().manual_seed(3)
+    points = torch.rand(40_000, 2, generator=generator) - 0.5
+    samples = torch.randn(3, 40_000, dtype=torch.complex64, generator=generator)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first = NonuniformFourier(points, (1, 64, 64)).adjoint(samples)
+        for _ in range(4):
+            assert torch.equal(NonuniformFourier(points, (1, 64, 64)).adjoint(samples), first)
+            assert torch.equal(NonuniformFourier(points, (1, 64, 64)).adjoint(samples[:1]), first[:1])
+    finally:
+        torch.set_num_threads(threads)

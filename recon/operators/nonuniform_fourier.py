@@ -13,10 +13,12 @@ takes no longer than a single-precision transform on a grid oversampled by 2.
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quantitron.recon.operators.linear_operator import LinearOperator
@@ -64,7 +66,7 @@ class NonuniformFourier(LinearOperator):
         dimensions = trajectory.shape[1]
         self._modes = grid[3 - dimensions :]  # ([z, ]y, x)
         self._scale = 1 / math.sqrt(math.prod(self._modes))
-        self._plans: dict[tuple[int, int, torch.dtype, int], Any] = {}
+        self._plans: dict[tuple[int, int, str], Any] = {}
 
     @property
     def trajectory(self) -> Tensor:
@@ -125,58 +127,81 @@ class NonuniformFourier(LinearOperator):
             data, target = data.to(torch.complex128), out.new_empty(out.shape, dtype=torch.complex128)
         else:
             target = out
-        plan = self._plan(kind, len(data), data.dtype, tolerance, data.device)
-        # The libraries want no axis for one transform.
-        source, place = (data[0], target[0]) if len(data) == 1 else (data, target)
         if data.is_cuda:
-            plan.execute(source, place)
+            # The library wants no axis for one transform.
+            source, place = (data[0], target[0]) if len(data) == 1 else (data, target)
+            self._cuda_plan(kind, len(data), data.dtype, tolerance, data.device).execute(source, place)
         else:
-            plan.execute(source.numpy(), place.numpy())
+            self._on_threads(kind, data.numpy(), target.numpy(), tolerance)
         if target is not out:
             out.copy_(target)
 
-    def _plan(
+    def _on_threads(
+        self, kind: int, data: NDArray[np.complexfloating], out: NDArray[np.complexfloating], tolerance: float
+    ) -> None:
+        """Each thread makes whole transforms by itself, one at a time.
+
+        Threads that share one transform add up its samples in the order in which they happen to finish: the
+        same scan would not give the same maps to the last bit.
+        """
+        threads = max(1, min(torch.get_num_threads(), len(data)))
+
+        def work(number: int) -> None:
+            plan = self._plan(kind, number, data.dtype, tolerance)
+            for row in range(number, len(data), threads):
+                plan.execute(data[row], out[row])
+
+        if threads == 1:
+            work(0)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, range(threads)))
+
+    def _angles(self) -> Tensor:
+        """(d, n) positions in radians; both libraries name the first axis of an image x, here ([z, ]y, x)."""
+        return (2 * math.pi * self._trajectory.double()).flip(1).T
+
+    def _plan(self, kind: int, number: int, dtype: np.dtype[Any], tolerance: float) -> Any:
+        """The plan of one thread; only that thread may ask for it at a time."""
+        key = (kind, number, str(dtype))
+        if key not in self._plans:
+            from finufft import Plan
+
+            double = dtype == np.complex128
+            # The smaller oversampling of the grid is the quicker one in single precision.
+            plan = Plan(
+                kind,
+                self._modes,
+                1,
+                tolerance / 2,
+                1 if kind == 1 else -1,
+                str(dtype),
+                nthreads=1,
+                upsampfac=0 if double else 1.25,
+            )
+            kept = np.float64 if double else np.float32
+            plan.setpts(*(np.ascontiguousarray(column.cpu().numpy(), kept) for column in self._angles()))
+            self._plans[key] = plan
+        return self._plans[key]
+
+    def _cuda_plan(
         self, kind: int, transforms: int, dtype: torch.dtype, tolerance: float, device: torch.device
     ) -> Any:
-        threads = torch.get_num_threads()
-        key = (kind, transforms, dtype, threads)
+        double = dtype == torch.complex128
+        name = "complex128" if double else "complex64"
+        key = (kind, transforms, name)
         if key not in self._plans:
-            double = dtype == torch.complex128
+            try:
+                from cufinufft import Plan
+            except ImportError as error:
+                raise ValueError(
+                    "scans on a trajectory need the package cufinufft on a GPU, or the device cpu"
+                ) from error
+
             sign = 1 if kind == 1 else -1
-            name = "complex128" if double else "complex64"
-            # Both libraries name the first axis of an image x: the axes here run ([z, ]y, x).
-            angles = (2 * math.pi * self._trajectory.double()).flip(1).T
-            if device.type == "cuda":
-                try:
-                    from cufinufft import Plan as CudaPlan
-                except ImportError as error:
-                    raise ValueError(
-                        "scans on a trajectory need the package cufinufft on a GPU, or the device cpu"
-                    ) from error
-
-                plan = CudaPlan(
-                    kind, self._modes, transforms, tolerance, sign, name, gpu_device_id=device.index or 0
-                )
-                real = torch.float64 if double else torch.float32
-                columns = [column.to(device, real).contiguous() for column in angles]
-            else:
-                from finufft import Plan
-
-                # The smaller oversampling of the grid is the quicker one in single precision.
-                upsampling = 0 if double else 1.25
-                plan = Plan(
-                    kind,
-                    self._modes,
-                    transforms,
-                    tolerance / 2,
-                    sign,
-                    name,
-                    nthreads=threads,
-                    upsampfac=upsampling,
-                )
-                kept = np.float64 if double else np.float32
-                columns = [np.ascontiguousarray(column.cpu().numpy(), kept) for column in angles]
-            plan.setpts(*columns)
+            plan = Plan(kind, self._modes, transforms, tolerance, sign, name, gpu_device_id=device.index or 0)
+            real = torch.float64 if double else torch.float32
+            plan.setpts(*(column.to(device, real).contiguous() for column in self._angles()))
             self._plans[key] = plan
         return self._plans[key]
 
