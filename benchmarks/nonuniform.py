@@ -350,7 +350,7 @@ def bart(scan: Scan, operator: ToeplitzSense, data: Tensor, task: str, threads: 
                 raise RuntimeError(done.stderr[-500:])
             return end[0] - start[0], end[1] - start[1]
 
-        few, many = 2, 22
+        few, many = 2, 100
         short, long = run(few), run(many)
         iteration = (long[0] - short[0]) / (many - few), (long[1] - short[1]) / (many - few)
         setup = short[0] - few * iteration[0], short[1] - few * iteration[1]
