@@ -10,6 +10,7 @@ atom than the best one there.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -61,10 +62,16 @@ class AtomGroups:
         rows = max(1, working_set // (16 * max(_BLOCK, len(self._columns))))
         rows = min(rows, _BLOCK) if signals.device.type == "cpu" else rows
         group = torch.empty(len(signals), dtype=torch.int64, device=signals.device)
-        for start in range(0, len(signals), rows):
+
+        def work(start: int) -> None:
             parts = _parts(signals[start : start + rows], self._atoms)
             peaks = [_squared_correlation(parts, columns).amax(1) for columns in self._columns]
             group[start : start + rows] = torch.stack(peaks, 1).argmax(1)
+
+        # Blocks that suit the cache are too small to be shared out: each thread takes blocks of its own.
+        threads = torch.get_num_threads() if signals.device.type == "cpu" else 1
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, range(0, len(signals), rows)))
         voxel = torch.arange(len(signals), device=signals.device)
         return self._with_factor(signals, self._search(signals, voxel, group, working_set)[1])
 
