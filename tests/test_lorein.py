@@ -602,7 +602,7 @@ def test_the_residual_is_that_of_the_maps_and_the_coil_maps_found():
 
 
 def test_the_fit_to_the_start_brings_the_networks_to_the_linear_maps():
-    training = _training("t2ir_gre", epochs=2, start_epochs=80, batch=14)
+    training = _training("t2ir_gre", epochs=2, start_epochs=240, batch=14)
     # One block of all positions: an epoch is a step.
     networks = _fresh(training)
     mask = training.start.mask.flatten()
