@@ -113,6 +113,23 @@ class BlockLowRank:
             parts.append((region, matrices.to(u.dtype)))
         return BlockPrecision(parts)
 
+    def mean_reweighting(
+        self, u: Tensor, epsilon: float, tilings: int, generator: torch.Generator | None
+    ) -> BlockPrecision:
+        """The mean of ``reweighting`` over tilings that are shifted at random.
+
+        Args:
+            u: U (x, k, z, y).
+            epsilon: as for ``reweighting``.
+            tilings: how many, one at least.
+            generator: the source of chance; None: one tiling that is not shifted.
+        """
+        if generator is None:
+            return self.reweighting(u, epsilon)
+        return BlockPrecision.mean(
+            [self.reweighting(u, epsilon, self.random_shift(u.shape, generator)) for _ in range(tilings)]
+        )
+
     def _edges(self, shape: torch.Size) -> tuple[int, ...]:
         """Voxels (x, z, y) of a whole block."""
         return tuple(min(edge, shape[axis]) for edge, axis in zip(self.block, _AXES, strict=True))

@@ -36,7 +36,6 @@ from quantitron.recon.masks import signal_mask
 from quantitron.recon.noise import noise_variance
 from quantitron.recon.operators.reduced_sense import ReducedSense
 from quantitron.recon.parameter_maps import parameter_maps
-from quantitron.recon.priors.gaussian_field import GaussianField
 from quantitron.recon.signal_energy import centre_energy, smoothed_energy
 from quantitron.recon.solvers.coefficient_solver import CoefficientEstimate, CoefficientSolver
 from quantitron.recon.solvers.solver import Progress
@@ -74,12 +73,6 @@ class CartesianSolver(CoefficientSolver):
     """Conjugate gradient steps of the second pass, from which the basis is learnt; 0: the dictionary's."""
     linear_iterations: int = field(default=10, metadata={"minimum": 1})
     """Conjugate gradient steps of the third pass."""
-    dictionary_regularisation: float = field(default=4.0, metadata={"above": 0})
-    """Factor on the penalty as long as the variances are the dictionary's."""
-    regularisation: float = field(default=1.0, metadata={"above": 0})
-    """Factor on the penalty of the third pass; 1 is the statistical estimate if the prior is exact."""
-    correlation_length: float = field(default=8e-3, metadata={"minimum": 0})
-    """Length [m] over which coefficients are expected to be alike; 0 makes voxels independent."""
     t1_range: tuple[float, float] = field(default=TISSUE_RANGE["t1"], metadata={"above": 0})
     """T1 [s] of the tissue that is expected; widen it for phantoms with shorter ones."""
     t2_range: tuple[float, float] = field(default=TISSUE_RANGE["t2"], metadata={"above": 0})
@@ -158,7 +151,7 @@ class CartesianSolver(CoefficientSolver):
         progress("first pass", 0.1)
         operator = ReducedSense(reduced, csm, wide.mixing.to(problem.device))
         energy = centre_energy(reduced, wide, noise)  # (z, y, x)
-        expected = self._prior(wide, energy, self.dictionary_regularisation, noise, problem)
+        expected = self.expected(wide, energy, self.dictionary_regularisation, noise, problem)
         # What it is for, energy and field, is there long before the equations are met.
         coefficients = replace(self, most_iterations=1).solve_with_prior(
             operator, operator.adjoint_data(), expected, noise, self.first_iterations
@@ -203,7 +196,7 @@ class CartesianSolver(CoefficientSolver):
         """
         noise = 1.0 if problem.noise_known else noise_variance(problem.reduced)
         data = operator.adjoint_data()
-        prior = self._prior(basis, energy, self.dictionary_regularisation, noise, problem)
+        prior = self.expected(basis, energy, self.dictionary_regularisation, noise, problem)
         start = None
         if self.learning_iterations:
             start = self.solve_with_prior(operator, data, prior, noise, self.learning_iterations)
@@ -212,7 +205,7 @@ class CartesianSolver(CoefficientSolver):
             turn = rotation.mH.to(start)  # (new k, k)
             start, data = (torch.einsum("jk,xkzy->xjzy", turn, images) for images in (start, data))
             operator = operator.in_basis(basis.mixing)
-            prior = self._prior(basis, energy, self.regularisation, noise, problem)
+            prior = self.expected(basis, energy, self.regularisation, noise, problem)
 
         progress("third pass", 0.3)
         coefficients = self.solve_with_prior(operator, data, prior, noise, self.linear_iterations, start)
@@ -228,12 +221,3 @@ class CartesianSolver(CoefficientSolver):
             b0=b0,
             mask=mask,
         )
-
-    def _prior(
-        self, basis: CoefficientBasis, energy: Tensor, regularisation: float, noise: float, problem: Problem
-    ) -> GaussianField:
-        """What is expected of U, in units of the noise, from the energy (z, y, x) of each voxel."""
-        dz, dy, dx = problem.encoding.voxel_size
-        expected = basis.variance[:, None, None] * energy.permute(2, 0, 1)[:, None]  # (x, k, z, y)
-        expected = (expected / (regularisation * noise)).to(problem.device)
-        return GaussianField(expected, (dx, dz, dy), self.correlation_length)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
+from quantitron.recon.coefficient_basis import CoefficientBasis
+from quantitron.recon.data import FingerprintProblem, Problem
 from quantitron.recon.priors.finite_difference import FiniteDifference
 from quantitron.recon.priors.gaussian_field import GaussianField
 from quantitron.recon.priors.total_variation import JointTotalVariation
@@ -118,6 +120,34 @@ class CoefficientSolver(Solver):
     """Residual of the equations at which steps end, in units of what noise alone puts into their right side.
 
     Scans of low noise take more steps: more of what the equations say is true."""
+    dictionary_regularisation: float = field(default=4.0, metadata={"above": 0})
+    """Factor on the penalty as long as the variances are the dictionary's."""
+    regularisation: float = field(default=1.0, metadata={"above": 0})
+    """Factor on the penalty of the last pass; 1 is the statistical estimate if the prior is exact."""
+    correlation_length: float = field(default=8e-3, metadata={"minimum": 0})
+    """Length [m] over which coefficients are expected to be alike; 0 makes voxels independent."""
+
+    def expected(
+        self,
+        basis: CoefficientBasis,
+        energy: Tensor,
+        regularisation: float,
+        noise: float,
+        problem: Problem | FingerprintProblem,
+    ) -> GaussianField:
+        """What is expected of U, in units of the noise.
+
+        Args:
+            basis: of U, for the variances of its components.
+            energy: (z, y, x) signal energy of each voxel.
+            regularisation: factor on the penalty.
+            noise: variance of one sample.
+            problem: the slice, for its voxels and its device.
+        """
+        dz, dy, dx = problem.encoding.voxel_size
+        variance = basis.variance[:, None, None] * energy.permute(2, 0, 1)[:, None]  # (x, k, z, y)
+        variance = (variance / (regularisation * noise)).to(problem.device)
+        return GaussianField(variance, (dx, dz, dy), self.correlation_length)
 
     def settle(
         self,

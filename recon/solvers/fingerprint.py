@@ -28,7 +28,6 @@ from quantitron.recon.fingerprint_maps import fingerprint_maps
 from quantitron.recon.masks import signal_mask
 from quantitron.recon.noise import trajectory_noise_variance
 from quantitron.recon.operators.toeplitz import ToeplitzSense
-from quantitron.recon.priors.gaussian_field import GaussianField
 from quantitron.recon.signal_energy import smoothed_energy, with_floor
 from quantitron.recon.solvers.coefficient_solver import CoefficientEstimate, CoefficientSolver
 from quantitron.recon.solvers.solver import Progress, Solver
@@ -150,10 +149,6 @@ class FingerprintSolver(CoefficientSolver, FingerprintMethod):
     """Conjugate gradient steps of the first pass, from which the basis is learnt; 0: the dictionary's."""
     linear_iterations: int = field(default=10, metadata={"minimum": 1})
     """Conjugate gradient steps of the second pass."""
-    dictionary_regularisation: float = field(default=4.0, metadata={"above": 0})
-    """Factor on the penalty as long as the variances are the dictionary's."""
-    regularisation: float = field(default=1.0, metadata={"above": 0})
-    """Factor on the penalty of the second pass; 1 is the statistical estimate if the prior is exact."""
     correlation_length: float = field(default=4e-3, metadata={"minimum": 0})
     """Length [m] over which coefficients are expected to be alike; 0 makes voxels independent."""
 
@@ -187,7 +182,7 @@ class FingerprintSolver(CoefficientSolver, FingerprintMethod):
         operator = ToeplitzSense(prepared.sums, prepared.csm, basis.mixing[0].to(problem.device))
         data = operator.adjoint_data()
         progress("first pass", 0.15)
-        prior = self._prior(basis, energy, self.dictionary_regularisation, noise, problem)
+        prior = self.expected(basis, energy, self.dictionary_regularisation, noise, problem)
         start = None
         if self.learning_iterations:
             start = self.solve_with_prior(operator, data, prior, noise, self.learning_iterations)
@@ -202,7 +197,7 @@ class FingerprintSolver(CoefficientSolver, FingerprintMethod):
             progress("point spread functions", 0.23)
             del operator  # most of the memory: never the kernels of both
             operator = ToeplitzSense(prepared.sums, prepared.csm, basis.mixing[0].to(problem.device))
-            prior = self._prior(basis, energy, self.regularisation, noise, problem)
+            prior = self.expected(basis, energy, self.regularisation, noise, problem)
         mask = signal_mask(energy.sqrt(), self.mask_threshold)
         progress("second pass", 0.25)
         coefficients = self.solve_with_prior(operator, data, prior, noise, self.linear_iterations, start)
@@ -218,20 +213,6 @@ class FingerprintSolver(CoefficientSolver, FingerprintMethod):
             voxel_size=(dx, dz, dy),
             mask=mask,
         )
-
-    def _prior(
-        self,
-        basis: CoefficientBasis,
-        energy: Tensor,
-        regularisation: float,
-        noise: float,
-        problem: FingerprintProblem,
-    ) -> GaussianField:
-        """What is expected of U, in units of the noise, from the energy (z, y, x) of each voxel."""
-        dz, dy, dx = problem.encoding.voxel_size
-        expected = basis.variance[:, None, None] * energy.permute(2, 0, 1)[:, None]  # (x, k, z, y)
-        expected = (expected / (regularisation * noise)).to(problem.device)
-        return GaussianField(expected, (dx, dz, dy), self.correlation_length)
 
 
 def _detectable(basis: CoefficientBasis, signal_to_noise: Tensor, least: float) -> CoefficientBasis:

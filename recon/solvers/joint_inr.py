@@ -176,14 +176,7 @@ class JointINR(DensityCompensated, FingerprintSolver):
         attracted = estimate.data + share * prior.precision(network)
         nearest = NearestFingerprint(estimate, self.match_groups) if self.consistency else None
         for number in range(self.reweightings):
-            blocks = BlockPrecision.mean(
-                [
-                    penalty.reweighting(
-                        u, _SMOOTHING * estimate.image_noise, penalty.random_shift(u.shape, generator)
-                    )
-                    for _ in range(_TILINGS)
-                ]
-            )
+            blocks = penalty.mean_reweighting(u, _SMOOTHING * estimate.image_noise, _TILINGS, generator)
             right_hand_side, pull = attracted, 0.0 * curvature
             if nearest is not None and number >= _CONSISTENT_FROM:
                 pull = self.consistency * curvature

@@ -103,13 +103,11 @@ class LowRankBlocks(CoefficientSolver):
         fixed = operator.mean_diagonal()[:, None, None] + 0.3 * share * prior.diagonal()
         for number in range(self.rounds):
             progress("locally low rank", number / self.rounds)
-            blocks = BlockPrecision.mean(
-                [
-                    penalty.reweighting(
-                        u, self.smoothing * estimate.image_noise, self._shift(penalty, u, generator)
-                    )
-                    for _ in range(self.tilings)
-                ]
+            blocks = penalty.mean_reweighting(
+                u,
+                self.smoothing * estimate.image_noise,
+                self.tilings,
+                generator if self.random_shifts else None,
             )
             diagonal = fixed + blocks.diagonal(u)
 
