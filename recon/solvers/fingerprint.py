@@ -149,8 +149,6 @@ class FingerprintSolver(CoefficientSolver, FingerprintMethod):
     """Conjugate gradient steps of the first pass, from which the basis is learnt; 0: the dictionary's."""
     linear_iterations: int = field(default=10, metadata={"minimum": 1})
     """Conjugate gradient steps of the second pass."""
-    correlation_length: float = field(default=4e-3, metadata={"minimum": 0})
-    """Length [m] over which coefficients are expected to be alike; 0 makes voxels independent."""
 
     def refine(self, estimate: FingerprintEstimate, seed: int, progress: Progress) -> Tensor:
         """Coefficient images (x, k, z, y) of this method.
