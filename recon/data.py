@@ -27,6 +27,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from quantitron.recon.networks.trained_network import TrainedNetwork
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -343,6 +345,8 @@ class Problem:
     """Calibration lines, where the scan has them."""
     noise_known: bool = True
     """Whether the data were whitened with a noise scan (then E|n|^2 = 1 for each sample)."""
+    network: TrainedNetwork | None = None
+    """The trained network that the solver asked for (``Solver.network``)."""
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -408,6 +412,8 @@ class FingerprintProblem:
     """(z, y, x) actual over nominal flip angle, where it is known."""
     noise_known: bool = True
     """Whether the data were whitened with a noise scan (then E|n|^2 = 1 for each sample)."""
+    network: TrainedNetwork | None = None
+    """The trained network that the solver asked for (``Solver.network``)."""
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 

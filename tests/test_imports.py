@@ -22,7 +22,7 @@ MAY_IMPORT = {
 """Folder -> folders of this project that its modules may import."""
 
 LAYERS_OF_RECON = {
-    "data": set[str](),
+    "data": {"networks"},
     "algorithms": {"algorithms"},
     "metrics": set[str](),
     "device": set[str](),

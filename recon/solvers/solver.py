@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from quantitron.recon.data import Encoding, Maps, Protocol
+from quantitron.recon.networks.trained_network import NetworkRequest
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share that is done, 0..1."""
@@ -28,6 +29,11 @@ class Solver:
     def needs_lines(self) -> bool:
         """Whether the sampled lines are needed beside their reduced form; settings may decide."""
         return False
+
+    @property
+    def network(self) -> NetworkRequest | None:
+        """The trained network that it is to find in the problem; settings may decide."""
+        return None
 
     def check(self, encoding: Encoding, protocol: Protocol) -> None:
         """Refuse a scan that these settings do not fit, before any of its data are read.

@@ -1,0 +1,52 @@
+"""What plug-and-play methods plug in: something that removes Gaussian noise of a given level from images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Denoiser(Protocol):
+    """Images in, the same images with less noise out. Patches, shifts and the like are the denoiser's own
+    business, and so is the scale: results scale with the images."""
+
+    def __call__(
+        self, images: Tensor, level: float, modalities: Sequence[str], generator: torch.Generator
+    ) -> Tensor:
+        """Denoise.
+
+        Args:
+            images: (m, z, y, x) real, one a modality, each in any unit.
+            level: standard deviation of the noise relative to the intensity of each image (see
+                ``intensity``).
+            modalities: m names, ``T1w``, ``T2w``, ``PDw``; denoisers that know none take any.
+            generator: the source of chance, on the CPU.
+
+        Returns:
+            (m, z, y, x), finite.
+
+        Raises:
+            ValueError: if the images are smaller than the denoiser can take, a modality is unknown to it, or
+                what it returned is not finite.
+        """
+        ...
+
+
+def intensity(images: Tensor, quantile: float = 0.995) -> Tensor:
+    """The intensity that each image is normalised by: the 99.5th percentile of its magnitude over all voxels.
+
+    Args:
+        images: (m, z, y, x).
+        quantile: of the voxels.
+
+    Returns:
+        (m,) above zero, 1 for an image that is zero.
+    """
+    values = images.detach().abs().flatten(1)
+    place = min(values.shape[1], max(1, round(quantile * values.shape[1])))
+    found = values.kthvalue(place, dim=1).values
+    found = torch.where(found > 0, found, values.amax(1))
+    return torch.where(found > 0, found, torch.ones_like(found))
