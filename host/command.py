@@ -156,6 +156,10 @@ def simulate(
     interleaves: Annotated[
         int | None, typer.Option(min=1, help="fisp_mrf: spirals that fill k-space.  [default: 48]")
     ] = None,
+    acquired: Annotated[
+        int | None,
+        typer.Option(min=1, help="fisp_mrf: how many of them are played, evenly spread.  [default: all]"),
+    ] = None,
     order: Annotated[
         str | None, typer.Option(help="fisp_mrf: sequential or shuffled interleaves.  [default: sequential]")
     ] = None,
@@ -207,6 +211,7 @@ def simulate(
         "schedule": schedule,
         "points": points,
         "interleaves": interleaves,
+        "acquired": acquired,
         "order": order,
         "step": step,
         "volume": volume,

@@ -36,32 +36,50 @@ class Train:
     """Of all its readouts."""
 
 
-def check_order(order: str, step: int, interleaves: int) -> None:
-    """Refuse orders that do not exist or leave interleaves out.
+def check_order(order: str, step: int, interleaves: int, acquired: int | None = None) -> None:
+    """Refuse orders that do not exist or leave interleaves out that are to be acquired.
 
     Raises:
-        ScanError: if ``order`` is unknown, or ``step`` does not go with it.
+        ScanError: if ``order`` is unknown, ``step`` does not go with it, or more interleaves are to be
+            acquired than there are.
     """
     if order not in ORDERS:
         raise ScanError(f"order is '{order}'; it must be one of {', '.join(ORDERS)}")
     if not 1 <= interleaves <= 65536:
         raise ScanError(f"interleaves is {interleaves}; it must be in 1..65536")
+    if acquired is not None and not 1 <= acquired <= interleaves:
+        raise ScanError(f"acquired is {acquired}; of {interleaves} interleaves it must be 1..{interleaves}")
     if order == "shuffled" and step != 1:
         raise ScanError("a step between interleaves belongs to the order sequential, not to shuffled")
-    if step < 1 or math.gcd(step, interleaves) != 1:
-        raise ScanError(f"with a step of {step} not all of {interleaves} interleaves would be played")
+    count = interleaves if acquired is None else acquired
+    if step < 1 or math.gcd(step, count) != 1:
+        raise ScanError(f"with a step of {step} not all of {count} interleaves would be played")
+
+
+def acquired_interleaves(interleaves: int, acquired: int | None = None) -> NDArray[np.int64]:
+    """(acquired,) numbers of the interleaves that an undersampled scan acquires, evenly spread, from 0 on."""
+    count = interleaves if acquired is None else acquired
+    return np.arange(count) * interleaves // count
 
 
 def stacked_trains(
-    order: str, step: int, points: int, interleaves: int, slices: int, partitions: int, seed: int
+    order: str,
+    step: int,
+    points: int,
+    interleaves: NDArray[np.int64],
+    slices: int,
+    partitions: int,
+    seed: int,
 ) -> list[Train]:
-    """A train for each partition of each slice."""
+    """A train for each partition of each slice; ``order`` runs over ``interleaves``, numbers of spirals."""
     return [
         Train(
             slice=number,
             partition=np.full(points, partition),
             time_point=np.arange(points),
-            interleaf=interleaf_order(order, points, interleaves, step, [seed, 13, number, partition]),
+            interleaf=interleaves[
+                interleaf_order(order, points, len(interleaves), step, [seed, 13, number, partition])
+            ],
             flags=np.uint64(0),
         )
         for number in range(slices)

@@ -29,6 +29,7 @@ from quantitron.phantoms.coils import noise_covariance
 from quantitron.phantoms.encode import POINT_SPREADS, PointSpread
 from quantitron.phantoms.fingerprint_order import (
     Train,
+    acquired_interleaves,
     check_order,
     readout_headers,
     stacked_trains,
@@ -62,6 +63,7 @@ def simulate_fingerprint(
     schedule: str | os.PathLike[str] = "jiang",
     points: int | None = None,
     interleaves: int = 48,
+    acquired: int | None = None,
     order: str = "sequential",
     step: int = 1,
     matrix: tuple[int, int, int] = (192, 192, 1),
@@ -93,9 +95,12 @@ def simulate_fingerprint(
         phantom: ``mni``, ``nist`` (whose T2 plate lies at height 0) or a ``FILE.npz``.
         schedule: ``jiang``, ``tgas`` or a ``FILE.csv`` (see ``make_schedule``).
         points: time points; None for the schedule's own number.
-        interleaves: rotated copies of the spiral; one is played a time point.
+        interleaves: rotated copies of the spiral that fill k-space; one is played a time point.
+        acquired: how many of them are played, evenly spread over the turn; None for all. 6 of 48 is 8-fold
+            undersampling in interleaves: k-space stays unfilled even by all time points together. Only
+            slices and stacks; tilted spirals are undersampled by fewer ``trains``.
         order: ``sequential``: time point t plays interleaf ``step t`` mod ``interleaves``; ``shuffled``:
-            all interleaves in a new random order in every pass.
+            all interleaves in a new random order in every pass. Of fewer ``acquired``, the same over those.
         step: how far apart consecutive interleaves are; only ``sequential``.
         matrix: scan matrix (x, y, z); z = 1 for 2D.
         volume: how z > 1 is scanned: ``stack`` of spirals, each partition with a train of its own, or
@@ -144,8 +149,8 @@ def simulate_fingerprint(
         supersampling = (supersampling, supersampling, supersampling)
     efficiency = 1.0 if inversion_efficiency is None else inversion_efficiency
     check_scan(matrix, fov, coils, snr, supersampling, slices, 1.0, efficiency)
-    check_order(order, step, interleaves)
-    _check(volume, matrix[2], trains, calibration, calibration_radius, point_spread, height)
+    check_order(order, step, interleaves, acquired)
+    _check(volume, matrix[2], trains, acquired, calibration, calibration_radius, point_spread, height)
     protocol = make_schedule(
         schedule,
         points,
@@ -188,7 +193,8 @@ def simulate_fingerprint(
         header.encoding[0].parallelImaging.calibrationMode = ismrmrd.xsd.calibrationModeType.SEPARATE
     planes = math.ceil(math.pi / 2 * max(matrix[:2]))
     if volume == "stack":
-        played = stacked_trains(order, step, protocol.contrasts, interleaves, slices, grid[0], seed)
+        chosen = acquired_interleaves(interleaves, acquired)
+        played = stacked_trains(order, step, protocol.contrasts, chosen, slices, grid[0], seed)
     else:
         count = grid[0] if trains is None else trains
         played = tilted_trains(order, step, protocol.contrasts, interleaves, planes, count, slices, seed)
@@ -337,6 +343,7 @@ def _check(
     volume: str,
     partitions: int,
     trains: int | None,
+    acquired: int | None,
     calibration: str,
     radius: float,
     point_spread: str,
@@ -349,6 +356,10 @@ def _check(
         raise ScanError("tilted spirals scan a volume; the matrix has one partition")
     if trains is not None and volume == "stack":
         raise ScanError("a stack of spirals has a train for each partition; trains belongs to tilted spirals")
+    if acquired is not None and volume == "tilted":
+        raise ScanError(
+            "acquired belongs to slices and stacks; tilted spirals are undersampled by fewer trains"
+        )
     if trains is not None and not 1 <= trains <= 65536:
         raise ScanError(f"trains is {trains}; it must be in 1..65536")
     if calibration not in CALIBRATIONS:

@@ -39,21 +39,22 @@ def test_options_of_a_fingerprint_reach_the_file(tmp_path, phantom):
     schedule.write_text(
         "flip_angle_deg,tr_ms\n" + "".join(f"{10 + 2 * t},{11 + t / 10}\n" for t in range(12))
     )
-    options = ["--schedule", schedule, "--points", 9, "--interleaves", 4, "--step", 3, "--slices", 2]
+    options = ["--schedule", schedule, "--points", 9, "--interleaves", 8, "--acquired", 4, "--step", 3]
+    options += ["--slices", 2]
     timing = ["--te", "0.9", "--ti", "15", "--snr", "0", "--height", "1", "--calibration", "separate"]
     output = tmp_path / "raw.h5"
     done = simulate("fisp_mrf", "-o", output, "--phantom", phantom, *SMALL, *options, *timing)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{output}: 26 spirals, 0 of noise, R = ")
+    assert done.stdout.startswith(f"{output}: 34 spirals, 0 of noise, R = ")
     context, head = read(output)
     protocol = context.protocol
     assert np.allclose(np.degrees(protocol.flip_angle), 10 + 2 * np.arange(9))
     assert np.allclose(protocol.repetition_time, 1e-3 * (11 + np.arange(9) / 10))
     assert np.allclose([protocol.echo_time, protocol.inversion_time], [[0.9e-3], [15e-3]])
     assert context.encoding.slices == 2
-    imaging = head["idx"][4:13]
+    imaging = head["idx"][8:17]
     assert np.array_equal(imaging["repetition"], np.arange(9))
-    assert np.array_equal(imaging["kspace_encode_step_1"], 3 * np.arange(9) % 4)
+    assert np.array_equal(imaging["kspace_encode_step_1"], 2 * (3 * np.arange(9) % 4))
     assert np.allclose(np.unique(head["position"][:, 2]), [-3.0, 1.0])
 
 
@@ -79,6 +80,7 @@ def test_volume_of_tilted_spirals(tmp_path, phantom):
         (["vfa_gre", "--points", "100"], "--points"),
         (["megre", "--schedule", "tgas"], "--schedule"),
         (["t2ir_gre", "--interleaves", "12"], "--interleaves"),
+        (["megre", "--acquired", "12"], "--acquired"),
     ],
 )
 def test_options_of_other_sequences_are_wrong_usage(tmp_path, arguments, named):

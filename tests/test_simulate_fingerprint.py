@@ -16,7 +16,7 @@ from quantitron.gadgets.map_volume import map_volumes
 from quantitron.phantoms import simulate_fingerprint as simulation
 from quantitron.phantoms.acquisition_order import flag
 from quantitron.phantoms.file import read_anatomy
-from quantitron.phantoms.fingerprint_order import interleaf_order
+from quantitron.phantoms.fingerprint_order import acquired_interleaves, interleaf_order
 from quantitron.phantoms.nist import reference_values, sphere_number
 from quantitron.phantoms.scene import FieldSettings, make_scene, scan_mask
 from quantitron.phantoms.schedules import make_schedule
@@ -366,6 +366,39 @@ def test_tilted_average_is_the_scan_grid_seen_by_the_same_spirals(tmp_path, phan
     assert np.abs(centre[4] - expected).max() < 5e-5 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("order", ["sequential", "shuffled"])
+@pytest.mark.parametrize("partitions", [1, 3])
+def test_an_undersampled_scan_plays_fewer_spirals_of_the_same_design(tmp_path, phantom, order, partitions):
+    grid = {"matrix": (20, 24, partitions), "fov": (40.0, 48.0, 4.0 * partitions)}
+    whole, _, all_heads, _, _, all_places = scan(
+        tmp_path, phantom, order=order, interleaves=12, points=24, output=tmp_path / "whole.h5", **grid
+    )
+    part, header, head, _, _, places = scan(
+        tmp_path, phantom, order=order, interleaves=12, acquired=3, points=24, **grid
+    )
+    assert (part.lines, part.acceleration) == (whole.lines, whole.acceleration)
+    assert header.encoding[0].encodingLimits.kspace_encoding_step_1.maximum == 11
+    curves = {
+        int(number): place
+        for number, place in zip(all_heads["idx"]["kspace_encode_step_1"], all_places, strict=True)
+    }
+    number = head["idx"]["kspace_encode_step_1"].reshape(-1, 3)  # passes
+    assert all(sorted(passed) == [0, 4, 8] for passed in number.tolist())
+    if order == "sequential":
+        assert (number == [0, 4, 8]).all()
+    else:
+        assert len({*map(tuple, number.tolist())}) > 1
+    for interleaf, place in zip(number.ravel(), places, strict=True):
+        assert np.array_equal(place, curves[int(interleaf)])
+
+
+def test_acquired_interleaves_are_evenly_spread():
+    assert np.array_equal(acquired_interleaves(48, 6), [0, 8, 16, 24, 32, 40])
+    assert np.array_equal(acquired_interleaves(7), np.arange(7))
+    uneven = acquired_interleaves(48, 7)
+    assert set(np.diff([*uneven, 48])) == {6, 7}
+
+
 def test_orders_of_interleaves():
     assert np.array_equal(interleaf_order("sequential", 6, 4, 1, [0]), [0, 1, 2, 3, 0, 1])
     assert np.array_equal(interleaf_order("sequential", 4, 48, 17, [0]), [0, 17, 34, 3])
@@ -471,6 +504,13 @@ def test_a_slice_through_a_plate_of_the_nist_phantom(tmp_path, height, plate):
         ({"order": "random"}, "order is 'random'"),
         ({"interleaves": 0}, "interleaves is 0"),
         ({"interleaves": 48, "step": 6}, "not all of 48 interleaves"),
+        ({"interleaves": 48, "acquired": 6, "step": 3}, "not all of 6 interleaves"),
+        ({"acquired": 0}, "acquired is 0; of 7 interleaves it must be 1..7"),
+        ({"acquired": 8}, "acquired is 8; of 7 interleaves it must be 1..7"),
+        (
+            {"matrix": (20, 24, 4), "fov": (40.0, 48.0, 16.0), "volume": "tilted", "acquired": 3},
+            "undersampled by fewer trains",
+        ),
         ({"order": "shuffled", "step": 5}, "belongs to the order sequential"),
         ({"points": 1}, "points is 1"),
         ({"volume": "ball"}, "volume is 'ball'"),
