@@ -57,6 +57,8 @@ class TrainedNetwork:
 
     description: NetworkDescription
     network: ConditionalUNet
+    checksum: str = ""
+    """SHA-256 of description and weights, hexadecimal, for provenance; empty if it never was in a file."""
 
 
 @dataclass(frozen=True)
