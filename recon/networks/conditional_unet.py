@@ -2,8 +2,8 @@
 
 The blocks are those of guided diffusion (Dhariwal and Nichol 2021), as MRI2Qmap's denoiser has them: two
 convolutions whose features are scaled and shifted by an embedding of noise level and modality. Two things
-differ. There is no group normalisation: its statistics would change with the share of background in a patch,
-and so would the result with where patches begin. And a volume of one slice is a picture in two dimensions
+differ. Features are normalised over the channels of each voxel, not over groups and patch: the statistics of a
+patch change with its share of background, and so would the result with where patches begin. And a volume of one slice is a picture in two dimensions
 for all layers, by the middle planes of the same kernels, so that one network serves slices and slabs.
 """
 
@@ -213,7 +213,7 @@ class _Block(nn.Module):
         self.past = nn.Conv3d(inputs, outputs, 1, bias=False) if inputs != outputs else None
 
     def forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        features = self.first(functional.silu(x))
+        features = self.first(functional.silu(_normalised(x)))
         if self.modulation is not None and condition is not None:
             scale, shift = self.modulation(functional.silu(condition))[:, :, None, None, None].chunk(2, 1)
             features = features * (1 + scale) + shift
@@ -242,6 +242,11 @@ class _Attention(nn.Module):
         mixed = self.out(mixed.transpose(1, 2).flatten(2))  # (n, voxels, features)
         added: Tensor = x + mixed.transpose(1, 2).reshape(x.shape)
         return added
+
+
+def _normalised(features: Tensor) -> Tensor:
+    """(n, channels, z, y, x) of unit mean square over the channels, voxel by voxel."""
+    return features * (features.square().mean(1, keepdim=True) + 1e-4).rsqrt()
 
 
 def _sinusoids(position: Tensor, length: int) -> Tensor:
