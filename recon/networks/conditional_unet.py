@@ -2,9 +2,10 @@
 
 The blocks are those of guided diffusion (Dhariwal and Nichol 2021), as MRI2Qmap's denoiser has them: two
 convolutions whose features are scaled and shifted by an embedding of noise level and modality. Two things
-differ. Features are normalised over the channels of each voxel, not over groups and patch: the statistics of a
-patch change with its share of background, and so would the result with where patches begin. And a volume of one slice is a picture in two dimensions
-for all layers, by the middle planes of the same kernels, so that one network serves slices and slabs.
+differ. Features are normalised over the channels of each voxel, not over groups and patch: the statistics of
+a patch change with its share of background, and so would the result with where patches begin. And a volume
+of one slice is a picture in two dimensions for all layers, by the middle planes of the same kernels, so that
+one network serves slices and slabs.
 """
 
 from __future__ import annotations
