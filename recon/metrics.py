@@ -8,13 +8,20 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from skimage.metrics import structural_similarity
 
 Map = NDArray[np.floating]
+Series = NDArray[np.inexact]
 Mask = NDArray[np.bool_]
 
 CAPS = {"t1": 3.5, "t2": 0.2, "t2star": 0.1}
 """Largest value [s] that counts, for estimate and reference alike: beyond lies fluid that no scan
 resolves."""
+PEAK_PERCENTILE = 99.5
+"""Of the reference inside the mask: what counts as the range of an image's intensities. The few voxels above
+are vessels and fluid, whose brightness is another in every image."""
+SSIM_WINDOW = 7
+"""Edge in voxels of the windows of structural similarity."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,94 @@ def mape(estimate: Map, reference: Map, mask: Mask) -> float:
     return float(np.mean(np.abs(found[usable] - truth[usable]) / np.abs(truth[usable])))
 
 
+def cosine_distance(estimate: Series, reference: Series, mask: Mask) -> float:
+    """Mean of ``1 - |<x, x_ref>| / (||x|| ||x_ref||)`` over voxels of the mask whose reference is not 0.
+
+    How far image series are from being right but for a factor in each voxel: 0 where they are, 1 where
+    nothing is right, and where there is no estimate. The same for signals over time and for their
+    coefficients in an orthonormal basis. MRI2Qmap, IV-A4.
+
+    Args:
+        estimate: (k, ...) real or complex; a voxel with NaN counts as 0.
+        reference: (k, ...).
+        mask: (...).
+
+    Raises:
+        ValueError: if shapes differ, the mask is empty or the reference is zero inside it.
+    """
+    if estimate.shape != reference.shape or estimate.shape[1:] != mask.shape:
+        raise ValueError(
+            f"shapes differ: estimate {estimate.shape}, reference {reference.shape}, mask {mask.shape}"
+        )
+    if not mask.any():
+        raise ValueError("the mask is empty")
+    found, truth = (np.asarray(values[:, mask], np.complex128) for values in (estimate, reference))
+    found = np.where(np.isfinite(found).all(0), found, 0)
+    product = np.abs((found.conj() * truth).sum(0))
+    norm_found, norm_truth = (np.linalg.norm(values, axis=0) for values in (found, truth))
+    usable = norm_truth > 0
+    if not usable.any():
+        raise ValueError("the reference is zero everywhere inside the mask")
+    norms = norm_found[usable] * norm_truth[usable]
+    cosine = np.divide(product[usable], norms, out=np.zeros_like(norms), where=norms > 0)
+    return float(np.mean(1 - np.minimum(cosine, 1)))
+
+
+def psnr(estimate: Map, reference: Map, mask: Mask) -> float:
+    """Peak signal-to-noise ratio [dB] inside the mask: 20 log10 of the reference's range over the RMSE.
+
+    The range is the ``PEAK_PERCENTILE`` of the reference inside the mask. Outside nothing counts: air that is
+    cut off in both images would make the number larger.
+
+    Args:
+        estimate: any shape; NaN counts as 0.
+        reference: same shape and unit.
+        mask: same shape.
+
+    Returns:
+        infinity where both are equal.
+
+    Raises:
+        ValueError: if shapes differ, the mask is empty or the reference has no positive range inside it.
+    """
+    found, truth = _inside(estimate, reference, mask)
+    error = float(np.sqrt(np.mean((found - truth) ** 2)))
+    peak = _peak(truth)
+    return 20 * float(np.log10(peak / error)) if error > 0 else float("inf")
+
+
+def ssim(estimate: Map, reference: Map, mask: Mask) -> float:
+    """Structural similarity (Wang 2004) of each axial slice inside the mask, averaged over the slices.
+
+    Both images are 0 outside the mask. The range of intensities is that of ``psnr``, the same for all slices.
+
+    Args:
+        estimate: (z, y, x); NaN counts as 0.
+        reference: (z, y, x), in the same unit.
+        mask: (z, y, x); slices without any voxel of it do not count.
+
+    Raises:
+        ValueError: if shapes differ, the mask is empty, slices are smaller than the window or the reference
+            has no positive range inside the mask.
+    """
+    _, truth = _inside(estimate, reference, mask)
+    if mask.ndim != 3 or min(mask.shape[1:]) < SSIM_WINDOW:
+        raise ValueError(
+            f"structural similarity needs slices (z, y, x) of {SSIM_WINDOW} voxels or more, not {mask.shape}"
+        )
+    peak = _peak(truth)
+    similarities = []
+    for found, wanted, inside in zip(estimate, reference, mask, strict=True):
+        if inside.any():
+            planes = (
+                np.where(inside, np.nan_to_num(plane.astype(np.float64), posinf=0.0, neginf=0.0), 0)
+                for plane in (found, wanted)
+            )
+            _, similarity = structural_similarity(*planes, win_size=SSIM_WINDOW, data_range=peak, full=True)
+            similarities.append(float(similarity[inside].mean()))
+    return float(np.mean(similarities))
+
+
 def fit_line(estimate: Map, reference: Map, mask: Mask, cap: float | None = None) -> Line:
     """Least-squares line of estimate over reference inside the mask, both capped first."""
     found, truth = _inside(estimate, reference, mask, cap)
@@ -143,6 +238,14 @@ def sphere_statistics(estimate: Map, reference: Map, labels: NDArray[np.integer]
         offset = (mean - target) / target if target else float("nan")
         statistics.append(SphereStatistics(int(label), len(found), target, mean, variation, offset))
     return statistics
+
+
+def _peak(reference: NDArray[np.float64]) -> float:
+    """Range of intensities of the reference inside the mask (n,)."""
+    peak = float(np.percentile(reference, PEAK_PERCENTILE))
+    if not peak > 0:
+        raise ValueError("the reference has no positive values to speak of inside the mask")
+    return peak
 
 
 def _inside(
