@@ -185,7 +185,9 @@ def ssim(estimate: Map, reference: Map, mask: Mask) -> float:
                 np.where(inside, np.nan_to_num(plane.astype(np.float64), posinf=0.0, neginf=0.0), 0)
                 for plane in (found, wanted)
             )
-            _, similarity = structural_similarity(*planes, win_size=SSIM_WINDOW, data_range=peak, full=True)
+            _, similarity = structural_similarity(  # type: ignore[no-untyped-call]
+                *planes, win_size=SSIM_WINDOW, data_range=peak, full=True
+            )
             similarities.append(float(similarity[inside].mean()))
     return float(np.mean(similarities))
 
