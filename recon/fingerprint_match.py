@@ -14,12 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantitron.recon.atom_groups import AtomGroups, similar_atoms
 from quantitron.recon.data import Basis, FingerprintDictionary
-from quantitron.recon.match import best_atom
-
-B1_STEP = 0.01
-"""Width of the steps of B1 in which voxels are matched; the refinement takes B1 as it is."""
+from quantitron.recon.field_table import FieldTable
+from quantitron.recon.joint_match import WORKING_SET, JointMatcher
 
 
 @dataclass(frozen=True)
@@ -71,15 +68,38 @@ def dictionary_table(dictionary: FingerprintDictionary, basis: Basis, mixing: Te
     return table.contiguous()
 
 
+class FingerprintAtoms:
+    """The atoms of a dictionary whose T2 is at most their T1: those that are matched."""
+
+    def __init__(self, dictionary: FingerprintDictionary, table: Tensor) -> None:
+        """Choose them.
+
+        Args:
+            dictionary: for its grid.
+            table: (b, i, j, l) its coefficients in the basis of the signals, from ``dictionary_table``, on
+                the device where they are matched.
+        """
+        device = table.device
+        t1, t2 = dictionary.t1.to(device), dictionary.t2.to(device)
+        self.place = dictionary.plausible.to(device).flatten().nonzero()[:, 0]
+        """(a,) index into the flattened (i, j) grid."""
+        self.t1 = t1[self.place // len(t2)]
+        """(a,) [s]."""
+        self.t2 = t2[self.place % len(t2)]
+        """(a,) [s]."""
+        self.table = FieldTable(table.flatten(1, 2)[:, self.place], dictionary.b1.to(device))
+        """Atoms (b, a, l) over B1."""
+
+
 def match_fingerprints(
     coefficients: Tensor,
     dictionary: FingerprintDictionary,
     table: Tensor,
     b1: Tensor | None = None,
     groups: int = 0,
-    working_set: int = 64_000_000,
+    working_set: int = WORKING_SET,
 ) -> FingerprintMatch:
-    """Match every voxel.
+    """Match every voxel, once; ``JointMatcher`` keeps what the next call needs again.
 
     Args:
         coefficients: V (v, l) complex.
@@ -93,69 +113,6 @@ def match_fingerprints(
     Raises:
         ValueError: if B1 is given and the dictionary holds one value of it only.
     """
-    if b1 is not None and len(dictionary.b1) == 1:
-        raise ValueError("a B1 map was given, but the dictionary holds a single B1: simulate it over several")
-    t1, t2 = dictionary.t1.to(table.device), dictionary.t2.to(table.device)
-    plausible = dictionary.plausible.to(table.device).flatten().nonzero()[:, 0]  # (a,)
-    candidates = table.flatten(1, 2)[:, plausible]  # (b, a, l)
-    atom = torch.zeros(len(coefficients), dtype=torch.int64, device=coefficients.device)
-    pd = torch.zeros_like(coefficients[:, 0])
-    members: list[Tensor] | None = None  # of all steps of B1, which move like signals alike
-    for value, voxels in _b1_steps(b1, len(coefficients)):
-        atoms = _at_b1(dictionary, candidates, value)  # (a, l)
-        if groups:
-            if members is None:
-                members = similar_atoms(atoms, groups)
-            found, factor, _ = AtomGroups(atoms, members).best_of_near_groups(
-                coefficients[voxels], working_set
-            )
-        else:
-            found, factor = best_atom(coefficients[voxels], atoms, working_set)
-        atom[voxels], pd[voxels] = plausible[found], factor
-    return FingerprintMatch(atom, t1[atom // len(t2)], t2[atom % len(t2)], pd)
-
-
-def atoms_at(
-    dictionary: FingerprintDictionary, table: Tensor, atom: Tensor, b1: Tensor | None = None
-) -> Tensor:
-    """Atoms that were matched, not normalised.
-
-    Args:
-        dictionary: for its grid.
-        table: (b, i, j, l) as for matching.
-        atom: (v,) index into the flattened (i, j) grid.
-        b1: (v,) as for matching.
-
-    Returns:
-        (v, l), interpolated between the two B1 values of the dictionary about that of each voxel.
-    """
-    atoms = table.flatten(1, 2)  # (b, a, l)
-    if len(dictionary.b1) == 1:
-        return atoms[0, atom]
-    values = torch.ones(len(atom), device=table.device) if b1 is None else b1.to(table.device)
-    first, last = float(dictionary.b1[0]), float(dictionary.b1[-1])
-    place = (values.clamp(first, last) - first) / (last - first) * (len(dictionary.b1) - 1)  # (v,)
-    below = place.long().clamp_max(len(dictionary.b1) - 2)
-    share = (place - below).to(table.real.dtype)[:, None]
-    return torch.lerp(atoms[below, atom], atoms[below + 1, atom], share.to(table.dtype))
-
-
-def _b1_steps(b1: Tensor | None, voxels: int) -> list[tuple[float, Tensor | slice]]:
-    """Values of B1, each with the voxels that are matched there."""
-    if b1 is None:
-        return [(1.0, slice(0, voxels))]
-    step = (b1 / B1_STEP).round().long()
-    order = step.argsort(stable=True)
-    values, counts = torch.unique(step, return_counts=True)
-    places = torch.split(order, counts.tolist())
-    return [(value * B1_STEP, place) for value, place in zip(values.tolist(), places, strict=True)]
-
-
-def _at_b1(dictionary: FingerprintDictionary, atoms: Tensor, value: float) -> Tensor:
-    """(a, l) the atoms (b, a, l) between their two B1 values about ``value``."""
-    if len(dictionary.b1) == 1:
-        return atoms[0]
-    first, last = float(dictionary.b1[0]), float(dictionary.b1[-1])
-    place = (min(max(value, first), last) - first) / (last - first) * (len(dictionary.b1) - 1)
-    below = min(int(place), len(dictionary.b1) - 2)
-    return torch.lerp(atoms[below], atoms[below + 1], place - below)
+    atoms = FingerprintAtoms(dictionary, table)
+    found = JointMatcher(atoms.table, groups=groups)(coefficients, field=b1, working_set=working_set)
+    return FingerprintMatch(atoms.place[found.atom], atoms.t1[found.atom], atoms.t2[found.atom], found.pd)

@@ -16,8 +16,9 @@ from quantitron.recon.data import (
     Protocol,
     TrajectoryKSpace,
 )
+from quantitron.recon.field_table import FIELD_STEP
 from quantitron.recon.fingerprint_maps import fingerprint_maps
-from quantitron.recon.fingerprint_match import B1_STEP, dictionary_table, match_fingerprints
+from quantitron.recon.fingerprint_match import dictionary_table, match_fingerprints
 from quantitron.recon.fingerprint_refine import FingerprintRefinement
 from quantitron.recon.grid_spline import GridSpline
 from quantitron.recon.match import best_atom
@@ -322,7 +323,7 @@ def test_match_at_a_b1_of_the_dictionary_is_the_match_with_its_atoms():
     v = measured(dictionary, t1, t2, pd, field)
     alone = replace(dictionary, b1=dictionary.b1[2:], coefficients=dictionary.coefficients[2:])
     expected = match_fingerprints(v, alone, alone.coefficients)
-    found = match_fingerprints(v, dictionary, dictionary.coefficients, field + B1_STEP / 4)
+    found = match_fingerprints(v, dictionary, dictionary.coefficients, field + FIELD_STEP / 4)
     assert torch.equal(found.atom, expected.atom)
 
 
