@@ -11,6 +11,8 @@ from torch import Tensor
 from quantitron.recon.data import ReducedKSpace, TrajectorySums
 
 _QUANTILE = 0.1
+_MOST_POINTS = 200_000
+"""Points of a trajectory that are looked at; more tell the quantile no better."""
 
 
 def noise_variance(reduced: ReducedKSpace, outermost: float = 0.15) -> float:
@@ -52,8 +54,10 @@ def trajectory_noise_variance(sums: TrajectorySums, outermost: float = 0.15) -> 
     radius = sums.trajectory.double().square().sum(1)
     edge = torch.quantile(radius[:: max(1, len(radius) // 1_000_000)], 1 - outermost)
     chosen = (radius >= edge).nonzero()[:, 0]
+    chosen = chosen[:: max(1, len(chosen) // _MOST_POINTS)]
     weight = sums.gram.diagonal(dim1=1, dim2=2).real[sums.readout[chosen]]  # (point, l)
-    return _from_sums(weight, sums.projected[:, :, chosen].permute(2, 0, 1)[..., None])
+    components = torch.eye(weight.shape[1], dtype=sums.projected.alone.dtype)
+    return _from_sums(weight, sums.projected.mixed(components, points=chosen).permute(2, 0, 1)[..., None])
 
 
 def _from_sums(weight: Tensor, projected: Tensor) -> float:

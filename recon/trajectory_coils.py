@@ -54,7 +54,7 @@ def centre_block(sums: TrajectorySums, basis: CoefficientBasis, noise: float) ->
     fourier = NonuniformFourier(places[near], (coarse[0], coarse[1], coarse[2]))
     gram = mixing.mH @ sums.gram.to(mixing) @ mixing  # (g, k, k)
     gram_at = gram[sums.readout[near]]  # (n, k, k)
-    samples = torch.einsum("lk,lcn->ckn", mixing.conj(), sums.projected[:, :, near])
+    samples = sums.projected.mixed(mixing, points=near).transpose(0, 1)  # (c, k, n)
     # Mean square signal of a sample, less noise, tells what to expect of the components.
     trace = gram_at.diagonal(dim1=1, dim2=2).real.sum(1).clamp_min(1e-12)  # (n,)
     power = float((samples.abs().square().sum((0, 1)) / trace).mean()) / samples.shape[0]
@@ -97,7 +97,7 @@ def trajectory_coil_maps(
         ValueError: if no sample lies near the k-space centre.
     """
     nz, ny, nx = sums.grid
-    if sums.projected.shape[1] == 1:
+    if sums.projected.channels == 1:
         return torch.ones(nx, 1, nz, ny, dtype=torch.complex64)
     if calibration is not None and calibration.samples.numel():
         if bool((calibration.time_point == calibration.time_point[0]).all()):

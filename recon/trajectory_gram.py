@@ -11,13 +11,16 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from quantitron.recon.data import Basis, TrajectoryKSpace, TrajectorySums
+from quantitron.recon.data import Basis, ProjectedSamples, TrajectoryKSpace, TrajectorySums
 
 __all__ = ["TrajectorySums", "sum_readouts"]
 
 
 def sum_readouts(kspace: TrajectoryKSpace, basis: Basis) -> TrajectorySums:
     """Sums over the readouts of each distinct trajectory, in the order in which those first occur.
+
+    Those that occur once come after all others: their samples are kept as they are, in the scan's own memory
+    where nothing was to be summed.
 
     Where the scan brought density weights, a group takes those of its first readout.
 
@@ -42,33 +45,38 @@ def sum_readouts(kspace: TrajectoryKSpace, basis: Basis) -> TrajectorySums:
     firsts = torch.tensor([members[0] for members in groups])
     lengths = kspace.readout_length[firsts]  # (g,)
     points = _ranges(starts[firsts], lengths)  # (n,)
+    readout = torch.arange(len(groups)).repeat_interleave(lengths)
 
     samples = kspace.samples
     psi = basis.contrast.to(samples.dtype if basis.contrast.is_complex() else samples.real.dtype)
     psi = psi[kspace.time_point.to(psi.device)].to(samples.device)  # (readout, l)
     coils, rank = samples.shape[0], psi.shape[1]
-    gram = psi.new_empty(len(groups), rank, rank)
-    projected = samples.new_empty(rank, coils, len(points))
+    summed = sum(len(members) > 1 for members in groups)
+    place = int(lengths[:summed].sum())
+    rows = psi[firsts[summed:]]  # (r, l)
+    gram = torch.cat([psi.new_empty(summed, rank, rank), rows[:, :, None].conj() * rows[:, None]])
+    projected = samples.new_empty(rank, coils, place)
+    alone = samples if summed == 0 else samples[:, points[place:]]  # nothing summed: nothing copied
     place = 0
-    for g, members in enumerate(groups):
+    for g, members in enumerate(groups[:summed]):
         length = int(lengths[g])
-        rows = psi[members]  # (t, l)
-        gram[g] = rows.mH @ rows
+        rows_of_group = psi[members]  # (t, l)
+        gram[g] = rows_of_group.mH @ rows_of_group
         readouts = torch.stack([samples[:, start : start + length] for start in starts[members].tolist()])
         if psi.is_complex():
-            part = rows.mH @ readouts.flatten(1)
+            part = rows_of_group.mH @ readouts.flatten(1)
         else:
             # Real and imaginary parts alike: half the arithmetic of complex products.
             part = torch.view_as_complex(
-                (rows.mT @ torch.view_as_real(readouts).flatten(1)).reshape(rank, coils * length, 2)
+                (rows_of_group.mT @ torch.view_as_real(readouts).flatten(1)).reshape(rank, coils * length, 2)
             )
         projected[:, :, place : place + length] = part.reshape(rank, coils, length)
         place += length
     return TrajectorySums(
         trajectory=kspace.trajectory[points],
-        readout=torch.arange(len(groups)).repeat_interleave(lengths),
+        readout=readout,
         gram=gram,
-        projected=projected,
+        projected=ProjectedSamples(projected, alone, rows.conj().resolve_conj(), readout[place:] - summed),
         count=torch.tensor([len(members) for members in groups]),
         density=None if kspace.density is None else kspace.density[points],
         energy=kspace.energy,
@@ -79,14 +87,14 @@ def sum_readouts(kspace: TrajectoryKSpace, basis: Basis) -> TrajectorySums:
 
 
 def _groups(trajectory: Tensor, starts: list[int], ends: list[int]) -> list[list[int]]:
-    """Numbers of the readouts of each distinct trajectory, in the order of their first ones."""
+    """Numbers of the readouts of each distinct trajectory: of those that repeat, then of all others."""
     found: dict[bytes, list[int]] = {}
     points = trajectory.detach().cpu().contiguous().numpy()
     for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
         # 16 bytes of a cryptographic hash: two trajectories never share one.
         key = blake2b(points[start:end].tobytes(), digest_size=16).digest()
         found.setdefault(key, []).append(number)
-    return list(found.values())
+    return sorted(found.values(), key=lambda members: len(members) == 1)
 
 
 def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:

@@ -7,15 +7,23 @@ from dataclasses import replace
 
 import pytest
 import torch
+from spirals import scan, spirals
 from torch import Tensor
 
-from quantitron.recon.data import Basis, TrajectorySums
+from quantitron.recon.data import Basis, ProjectedSamples, TrajectorySums
 from quantitron.recon.operators.density_compensation import density_weights
 from quantitron.recon.operators.nonuniform_fourier import NonuniformFourier
 from quantitron.recon.operators.subspace_density import unmixed_data
 from quantitron.recon.operators.toeplitz import adjoint_images
+from quantitron.recon.trajectory_gram import sum_readouts
 
 N, SPOKES, POINTS, RANK = 32, 64, 64, 2
+
+
+def _groups(values: Tensor) -> ProjectedSamples:
+    """Data (l, c, n) of readouts that were summed."""
+    none = torch.zeros(0, dtype=torch.int64)
+    return ProjectedSamples(values, values.new_zeros(values.shape[1], 0), torch.zeros(0, len(values)), none)
 
 
 def _sums(images: Tensor) -> TrajectorySums:
@@ -36,7 +44,7 @@ def _sums(images: Tensor) -> TrajectorySums:
         trajectory=trajectory,
         readout=readout,
         gram=gram,
-        projected=projected,
+        projected=_groups(projected),
         count=torch.full((SPOKES,), 2),
         density=None,
         energy=0.0,
@@ -78,9 +86,9 @@ def test_alike_readouts_need_no_unmixing() -> None:
     sums = _sums(_images())
     same = torch.eye(RANK).expand(SPOKES, RANK, RANK).contiguous() / SPOKES
     samples = NonuniformFourier(sums.trajectory, sums.grid).forward(_images())[:, None]
-    sums = replace(sums, gram=same, projected=samples / SPOKES)
+    sums = replace(sums, gram=same, projected=_groups(samples / SPOKES))
     weights = density_weights(sums.trajectory, sums.grid)
-    unmixed = unmixed_data(sums, weights, torch.eye(RANK), 1e-6)
+    unmixed = unmixed_data(sums, weights, torch.eye(RANK), 1e-6).groups
     assert torch.allclose(unmixed, samples, rtol=1e-3, atol=1e-3 * float(samples.abs().max()))
 
 
@@ -90,10 +98,26 @@ def test_complex_components_are_the_turned_real_ones() -> None:
     turn = torch.linalg.qr(
         torch.randn(RANK, RANK, dtype=torch.complex64, generator=torch.Generator().manual_seed(2))
     )[0]
-    real = unmixed_data(sums, weights, torch.eye(RANK), 1e-2)
-    turned = unmixed_data(sums, weights, turn, 1e-2)
+    real = unmixed_data(sums, weights, torch.eye(RANK), 1e-2).groups
+    turned = unmixed_data(sums, weights, turn, 1e-2).groups
     expected = torch.einsum("lk,lcn->kcn", turn.conj(), real)
     assert torch.allclose(turned, expected, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("complex_basis", [False, True])
+@pytest.mark.parametrize("distinct", [2 * SPOKES, SPOKES + 10])
+def test_readouts_that_stand_alone_are_unmixed_as_summed_ones(complex_basis: bool, distinct: int) -> None:
+    """One vector at a point says the same as a vector for each channel."""
+    kspace, basis = scan(spirals(distinct, POINTS), (1, N, N), 2 * SPOKES, 3, RANK, complex_basis)
+    sums = sum_readouts(kspace, basis)
+    assert len(sums.projected.row) == (2 * distinct - 2 * SPOKES) * POINTS
+    identity = torch.eye(RANK, dtype=torch.complex64)
+    summed = replace(sums, projected=_groups(sums.projected.mixed(identity)))
+    weights = density_weights(sums.trajectory, sums.grid)
+    found = unmixed_data(sums, weights, identity, 1e-2)
+    assert found.alone.data_ptr() == sums.projected.alone.data_ptr()
+    expected = unmixed_data(summed, weights, identity, 1e-2).groups
+    assert torch.allclose(found.mixed(identity), expected, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_share_and_weights_are_checked() -> None:

@@ -30,7 +30,7 @@ def test_equals_the_frames(complex_basis: bool, distinct: int, ragged: bool) -> 
     sums = sum_readouts(kspace, basis)
 
     found: dict[bytes, int] = {}
-    gram, projected, trajectory, count, density = [], [], [], [], []
+    gram, projected, trajectory, count, density = [], [], [], [], []  # of each distinct readout
     start = 0
     for length, time_point in zip(kspace.readout_length.tolist(), kspace.time_point.tolist(), strict=True):
         part = slice(start, start + length)
@@ -48,6 +48,10 @@ def test_equals_the_frames(complex_basis: bool, distinct: int, ragged: bool) -> 
         gram[g] = gram[g] + psi.conj()[:, None] * psi
         projected[g] = projected[g] + psi.conj()[:, None, None] * kspace.samples[:, part]
         count[g] += 1
+    order = sorted(range(len(count)), key=lambda g: count[g] == 1)  # those that occur once come last
+    gram, projected, trajectory, count, density = (
+        [values[g] for g in order] for values in (gram, projected, trajectory, count, density)
+    )
     assert sums.count.tolist() == count
     assert len(count) >= distinct
     assert torch.equal(sums.trajectory, torch.cat(trajectory))
@@ -56,7 +60,15 @@ def test_equals_the_frames(complex_basis: bool, distinct: int, ragged: bool) -> 
     assert torch.equal(sums.readout, torch.arange(len(count)).repeat_interleave(lengths))
     assert torch.allclose(sums.gram, torch.stack(gram))
     assert sums.gram.is_complex() == complex_basis
-    assert torch.allclose(sums.projected, torch.cat(projected, -1))
+    expected = torch.cat(projected, -1)
+    assert (sums.projected.channels, sums.projected.points) == expected.shape[1:]
+    assert torch.allclose(sums.projected.mixed(torch.eye(2, dtype=torch.complex128)), expected)
+    mixing = torch.randn(2, 3, dtype=torch.complex128)
+    some = torch.randperm(expected.shape[2])[:50]
+    assert torch.allclose(
+        sums.projected.mixed(mixing, slice(1, 2), some),
+        torch.einsum("lk,lcn->kcn", mixing.conj(), expected)[:, 1:2, some],
+    )
     assert sums.energy == kspace.energy
     assert sums.samples == kspace.samples.numel()
     assert sums.grid == (1, 8, 8)
@@ -69,11 +81,23 @@ def test_last_bit_tells_trajectories_apart() -> None:
     assert sum_readouts(replace(kspace, trajectory=trajectory), basis).count.tolist() == [2, 1]
 
 
+def test_readouts_that_stand_alone_keep_their_samples_where_they_are() -> None:
+    """No second copy of the data, let alone one for each component."""
+    kspace, basis = scan(spirals(11, 20), (1, 8, 8), 11)
+    data = sum_readouts(kspace, basis).projected
+    assert data.groups.numel() == 0
+    assert data.alone.data_ptr() == kspace.samples.data_ptr()
+    kspace, basis = scan(spirals(10, 20), (1, 8, 8), 11)
+    data = sum_readouts(kspace, basis).projected
+    assert data.groups.shape == (3, 3, 20)
+    assert data.alone.shape == (3, 180)
+
+
 def test_single_precision_stays_single() -> None:
     kspace, basis = scan(spirals(2, 20), (1, 8, 8), 5)
     wide = replace(basis, contrast=basis.contrast.double())
     sums = sum_readouts(kspace, wide)
-    assert sums.projected.dtype == torch.complex64
+    assert sums.projected.groups.dtype == sums.projected.alone.dtype == torch.complex64
     assert sums.gram.dtype == torch.float32
     assert sums.density is None
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantitron.recon.data import TrajectorySums
+from quantitron.recon.data import ProjectedSamples, TrajectorySums
 from quantitron.recon.operators.nonuniform_fourier import NonuniformFourier
 
 _TOLERANCE = 1e-4
@@ -26,7 +26,7 @@ _POINTS = 16384
 """Points whose equations are solved together."""
 
 
-def unmixed_data(sums: TrajectorySums, weights: Tensor, mixing: Tensor, share: float) -> Tensor:
+def unmixed_data(sums: TrajectorySums, weights: Tensor, mixing: Tensor, share: float) -> ProjectedSamples:
     """Data whose adjoint with the same scalar weights has its components unmixed, in units of the images.
 
     Fewer components than the data have time points at every place can be told apart there: the weakest ones
@@ -39,7 +39,7 @@ def unmixed_data(sums: TrajectorySums, weights: Tensor, mixing: Tensor, share: f
         share: what is added to the eigenvalues of Gamma, relative to their mean; above 0.
 
     Returns:
-        (k, c, n) complex: (Gamma + share m)^-1 b, in the place of ``sums.projected`` for the adjoint.
+        (k, c, n): (Gamma + share m)^-1 b, in the place of ``sums.projected`` for the adjoint.
 
     Raises:
         ValueError: if the share is not above 0, or the weights are not one a point.
@@ -55,20 +55,32 @@ def unmixed_data(sums: TrajectorySums, weights: Tensor, mixing: Tensor, share: f
     rank = gamma.shape[1]
     mean = gamma.diagonal(dim1=1, dim2=2).real.mean()
     gamma.diagonal(dim1=1, dim2=2).add_(share * mean)
-    _, coils, points = sums.projected.shape
-    projected = sums.projected.new_empty(rank, coils, points)
-    adjoint = mixing.mH.to(projected)
-    for first in range(0, gamma.shape[0], _POINTS):
+    data, adjoint = sums.projected, mixing.mH
+    summed = data.groups.shape[2]
+    groups = data.groups.new_empty(rank, *data.groups.shape[1:])
+    for first in range(0, summed, _POINTS):
+        part = slice(first, min(first + _POINTS, summed))
+        inside = torch.einsum("kl,lcn->nkc", adjoint.to(groups), data.groups[:, :, part])
+        groups[:, :, part] = _solved(gamma[part], inside).permute(1, 2, 0)
+    # Readouts that stand alone have one vector at each point, whatever the channels.
+    vectors = data.rows.to(adjoint) @ adjoint.mT
+    rows = vectors.new_empty(len(data.row), rank)
+    for first in range(0, len(rows), _POINTS):
         part = slice(first, first + _POINTS)
-        data = torch.einsum("kl,lcn->nkc", adjoint, sums.projected[:, :, part])
-        if not real:
-            solved = torch.linalg.solve(gamma[part], data)
-        else:  # real and imaginary parts alike: half the arithmetic
-            pairs = torch.view_as_real(data.contiguous()).reshape(len(data), rank, -1)
-            solved = torch.linalg.solve(gamma[part], pairs).reshape(len(data), rank, -1, 2)
-            solved = torch.view_as_complex(solved.contiguous())
-        projected[:, :, part] = solved.permute(1, 2, 0)
-    return projected
+        rows[part] = _solved(gamma[summed:][part], vectors[data.row[part], :, None])[:, :, 0]
+    return ProjectedSamples(groups, data.alone, rows, torch.arange(len(rows), device=rows.device))
+
+
+def _solved(matrices: Tensor, right_hand_sides: Tensor) -> Tensor:
+    """matrices^-1 right_hand_sides: (n, k, k), (n, k, c) -> (n, k, c)."""
+    if matrices.is_complex() or not right_hand_sides.is_complex():
+        solved: Tensor = torch.linalg.solve(matrices, right_hand_sides.to(matrices))
+        return solved
+    # Real and imaginary parts alike: half the arithmetic.
+    points, rank, _ = right_hand_sides.shape
+    pairs = torch.view_as_real(right_hand_sides.contiguous()).reshape(points, rank, -1)
+    solved = torch.linalg.solve(matrices, pairs).reshape(points, rank, -1, 2)
+    return torch.view_as_complex(solved.contiguous())
 
 
 def _neighbourhood(sums: TrajectorySums, weights: Tensor, gram: Tensor) -> Tensor:

@@ -282,7 +282,7 @@ def adjoint_images(
     conjugates = csm.permute(1, 2, 3, 0).conj().resolve_conj().contiguous()  # (c, z, y, x)
     result = csm.new_zeros(mixing.shape[1], *conjugates.shape[1:])
     for coil, conjugate in enumerate(conjugates):
-        data = mixing.mH @ sums.projected[:, coil].to(csm)  # (k, n)
+        data = sums.projected.mixed(mixing, slice(coil, coil + 1))[:, 0]  # (k, n)
         if weights is not None:
             data = data * weights.to(csm.real)
         result.addcmul_(fourier.adjoint(data), conjugate)

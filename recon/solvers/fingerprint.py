@@ -229,5 +229,5 @@ def _detectable(basis: CoefficientBasis, signal_to_noise: Tensor, least: float) 
 
 def _mean_density(sums: TrajectorySums) -> float:
     """Samples of a channel over voxels and time points: the mean diagonal of A^H A for even sampling."""
-    time_points, coils = sums.basis.contrast.shape[0], sums.projected.shape[1]
+    time_points, coils = sums.basis.contrast.shape[0], sums.projected.channels
     return sums.samples / (coils * math.prod(sums.grid) * time_points)
