@@ -20,6 +20,7 @@ from quantitron.recon.data import (
     Problem,
     Protocol,
 )
+from quantitron.recon.networks.trained_network import TrainedNetwork
 
 logger = logging.getLogger("quantitron")
 
@@ -49,6 +50,8 @@ class Context:
     """Set before data flow by the basis gadget for fingerprints."""
     b1: Tensor | None = None
     """(s, z, y, x) actual over nominal flip angle; set before data flow by reconstruct where it is given."""
+    network: TrainedNetwork | None = None
+    """Set before data flow by reconstruct where its solver asks for one."""
     needs_lines: bool = False
     """Set before data flow by the reconstruct gadget where its solver wants the sampled lines too."""
     noise_known: bool = False

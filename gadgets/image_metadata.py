@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 DISCLAIMER = "research use only"
+SHORT_CHECKSUM = 16
+"""Digits of a checksum that tell networks apart."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,12 @@ def provenance_meta(
     residual_to_noise: float = math.nan,
     failed_voxels: int = 0,
     notes: Sequence[str] = (),
+    weights: str = "",
 ) -> dict[str, str]:
-    """The ``Quantitron_...`` keys that say how a map was made (clipped voxels are counted by image)."""
+    """The ``Quantitron_...`` keys that say how a map was made (clipped voxels are counted by image).
+
+    ``weights``, the checksum of the trained network, is there only where one was used.
+    """
     meta = {
         "Quantitron_Version": package_version(),
         "Quantitron_Pipeline": pipeline,
@@ -140,6 +146,8 @@ def provenance_meta(
         "Quantitron_FailedVoxels": str(failed_voxels),
         "Quantitron_Disclaimer": DISCLAIMER,
     }
+    if weights:
+        meta["Quantitron_Weights"] = weights[:SHORT_CHECKSUM]
     if notes:
         meta["Quantitron_Notes"] = " | ".join(notes)
     return meta

@@ -65,6 +65,7 @@ class Images(Gadget):
             residual_to_noise=maps.residual_to_noise,
             failed_voxels=maps.failed_voxels,
             notes=context.notes,
+            weights="" if context.network is None else context.network.checksum,
         )
         pd_scale = _pd_scale(maps)
         values = {name: _array(value) for name, value in maps.values.items()}

@@ -175,12 +175,16 @@ def read_network(path: str | os.PathLike[str], kind: str) -> TrainedNetwork:
     if description.kind != kind:
         raise ScanError(f"the weights file {path} holds a network for {description.kind}, not for {kind}")
     network = _unfilled(description.shape)
-    _compare(path, {name: tuple(value.shape) for name, value in network.state_dict().items()}, shapes)
+    layout = network.state_dict()
+    _compare(path, {name: tuple(value.shape) for name, value in layout.items()}, shapes)
     for name, value in weights.items():
         if not bool(value.isfinite().all()):
             raise ScanError(f"the weights file {path} holds values in {name} that are not finite")
-    network.to_empty(device="cpu")
-    network.load_state_dict(weights)  # float16 into float32: exact
+    single = {  # float16 to float32 is exact; in memory as the layers have them
+        name: torch.empty_strided(value.shape, layout[name].stride()).copy_(value)
+        for name, value in weights.items()
+    }
+    network.load_state_dict(single, assign=True)
     network.requires_grad_(False).eval()
     return TrainedNetwork(description, network, about["sha256"])
 

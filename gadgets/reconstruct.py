@@ -20,8 +20,11 @@ from quantitron.gadgets import settings as gadget_settings
 from quantitron.gadgets.b1_map import read_b1_map
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget, SliceProblem
+from quantitron.gadgets.image_metadata import SHORT_CHECKSUM
+from quantitron.gadgets.network_weights import requested_network
 from quantitron.recon.data import Encoding, Maps
 from quantitron.recon.device import choose_device
+from quantitron.recon.networks.trained_network import NetworkRequest, TrainedNetwork
 from quantitron.recon.solvers import SOLVERS, Solver, Subspace
 
 logger = logging.getLogger("quantitron")
@@ -86,7 +89,7 @@ class Reconstruct(Gadget):
         return tuple(dict.fromkeys(sequence for kind in named for sequence in kind.sequences))
 
     def prepare(self, context: Context) -> None:
-        """Refuse what can be refused before data flows: device, sequence, rank, grid, B1 map."""
+        """Refuse what can be refused before data flows: device, sequence, rank, grid, B1 map, network."""
         try:
             choose_device(self.device)
         except ValueError as error:
@@ -104,8 +107,24 @@ class Reconstruct(Gadget):
             raise ScanError(f"solver '{self.solver}': {error}") from error
         if self.b1_map:
             context.b1 = read_b1_map(self.b1_map, context)
+        if self.method.network is not None:
+            context.network = self._network(self.method.network, context)
         context.needs_lines = context.needs_lines or self.method.needs_lines
         context.seed = self.seed
+
+    def _network(self, request: NetworkRequest, context: Context) -> TrainedNetwork:
+        """The network that the solver asks for, if it suits solver and scan."""
+        try:
+            network = requested_network(request)
+        except ScanError as error:
+            untrained = ", or set reconstruct.denoiser to one that needs none"
+            raise ScanError(f"{error}{untrained if hasattr(self.method, 'denoiser') else ''}") from error
+        try:
+            self.method.check_network(network.description, context.encoding)
+        except ValueError as error:
+            raise ScanError(f"solver '{self.solver}': {error}") from error
+        logger.info("%s with the weights %s", request.kind, network.checksum[:SHORT_CHECKSUM])
+        return network
 
     def __call__(self, items: Iterable[SliceProblem], context: Context) -> Iterator[Maps]:
         """Reconstruct slice by slice; a slice that fails leaves no values and does not stop the others.
@@ -127,10 +146,9 @@ class Reconstruct(Gadget):
             while problem is not None:
                 number = len(finished)
                 final: Maps | None = None
+                problem = replace(problem, device=device, seed=self.seed, network=context.network)
                 try:
-                    for maps in self.method.solve(
-                        replace(problem, device=device, seed=self.seed), _progress_of(number, slices)
-                    ):
+                    for maps in self.method.solve(problem, _progress_of(number, slices)):
                         if maps.preview and slices == 1:
                             yield _crop(maps, problem.encoding)
                         final = maps

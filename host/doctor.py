@@ -59,6 +59,7 @@ def examine(folder: str | os.PathLike[str] = ".") -> list[Finding]:
         *_packages(),
         *_devices(),
         *_pipelines(),
+        *networks(),
         _gadgetron_python(),
         _gadgetron_home(),
         _memory(),
@@ -140,6 +141,28 @@ def _pipelines() -> list[Finding]:
             findings.append(Finding(f"pipeline {name}", "ok", "valid for every sequence"))
         except ScanError as error:
             findings.append(Finding(f"pipeline {name}", "broken", str(error)))
+    return findings
+
+
+def networks() -> list[Finding]:
+    """Whether the trained networks that come with the package are there and whole."""
+    from quantitron.gadgets.network_weights import TRAINED_BY, read_network, shipped_network
+    from quantitron.recon.networks.trained_network import KINDS
+
+    findings = []
+    for kind in KINDS:
+        what = f"network {kind}"
+        if not shipped_network(kind).is_file():
+            detail = f"none comes with this package; '{TRAINED_BY[kind]}' trains one"
+            findings.append(Finding(what, "note", detail))
+            continue
+        try:
+            network = read_network(shipped_network(kind), kind)
+        except ScanError as error:
+            findings.append(Finding(what, "broken", str(error)))
+            continue
+        count = sum(weight.numel() for weight in network.network.parameters())
+        findings.append(Finding(what, "ok", f"{count} weights, checksum {network.checksum[:16]} holds"))
     return findings
 
 

@@ -101,7 +101,7 @@ def test_wheel_holds_the_pipelines(tmp_path: Path, setup: configparser.ConfigPar
     expected = {
         f"quantitron/{file.relative_to(ROOT).as_posix()}"
         for top in tops
-        for pattern in ("*.py", "*.xml", "*.yaml")
+        for pattern in ("*.py", "*.xml", "*.yaml", "*.safetensors")
         for file in (ROOT / top).rglob(pattern)
     }
     assert any(name.endswith("pipelines/subspace.xml") for name in expected)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from quantitron.recon.data import Encoding, Maps, Protocol
-from quantitron.recon.networks.trained_network import NetworkRequest
+from quantitron.recon.networks.trained_network import NetworkDescription, NetworkRequest
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share that is done, 0..1."""
@@ -41,6 +41,17 @@ class Solver:
         Args:
             encoding: the grid.
             protocol: the sequence.
+
+        Raises:
+            ValueError: in one clear sentence.
+        """
+
+    def check_network(self, network: NetworkDescription, encoding: Encoding) -> None:
+        """Refuse a trained network that suits these settings or this scan not, before any data are read.
+
+        Args:
+            network: what the one that was asked for is.
+            encoding: the grid.
 
         Raises:
             ValueError: in one clear sentence.
