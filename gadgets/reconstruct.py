@@ -120,7 +120,7 @@ class Reconstruct(Gadget):
             untrained = ", or set reconstruct.denoiser to one that needs none"
             raise ScanError(f"{error}{untrained if hasattr(self.method, 'denoiser') else ''}") from error
         try:
-            self.method.check_network(network.description, context.encoding)
+            self.method.check_network(network.description, context.encoding, context.protocol)
         except ValueError as error:
             raise ScanError(f"solver '{self.solver}': {error}") from error
         logger.info("%s with the weights %s", request.kind, network.checksum[:SHORT_CHECKSUM])

@@ -46,12 +46,13 @@ class Solver:
             ValueError: in one clear sentence.
         """
 
-    def check_network(self, network: NetworkDescription, encoding: Encoding) -> None:
+    def check_network(self, network: NetworkDescription, encoding: Encoding, protocol: Protocol) -> None:
         """Refuse a trained network that suits these settings or this scan not, before any data are read.
 
         Args:
             network: what the one that was asked for is.
             encoding: the grid.
+            protocol: the sequence.
 
         Raises:
             ValueError: in one clear sentence.
