@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+_FLOOR = 1e-3
+"""Mean square of features below which they count as none: gradients would grow without bound."""
+
 
 @dataclass(frozen=True)
 class UNetShape:
@@ -247,7 +250,7 @@ class _Attention(nn.Module):
 
 def _normalised(features: Tensor) -> Tensor:
     """(n, channels, z, y, x) of unit mean square over the channels, voxel by voxel."""
-    return features * (features.square().mean(1, keepdim=True) + 1e-4).rsqrt()
+    return features * (features.square().mean(1, keepdim=True) + _FLOOR).rsqrt()
 
 
 def _sinusoids(position: Tensor, length: int) -> Tensor:
