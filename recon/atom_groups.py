@@ -262,13 +262,15 @@ class AtomGroups:
         """PD (v,) of the atoms (v,) that were found."""
         chosen, norm = self._atoms[atom].conj().to(signals.dtype), self._norm[atom]
         norm = norm.clamp_min(torch.finfo(norm.dtype).tiny)
-        inner: Tensor = (signals * chosen).sum(1)
+        inner = (signals * chosen).sum(1)
         if contrasts is None or self._contrasts is None:
-            return inner / norm.to(signals.dtype)
+            pd: Tensor = inner / norm.to(signals.dtype)
+            return pd
         size = inner.abs() + (contrasts * self._contrasts[atom]).sum(1).to(inner.abs())
         # Where the signal is orthogonal to the atom, contrasts alone tell PD, and any phase is as good.
-        phase: Tensor = torch.where(inner == 0, 1, inner.sgn())
-        return phase * (size.clamp_min(0) / norm.to(size))
+        phase = torch.where(inner == 0, 1, inner.sgn())
+        pd = phase * (size.clamp_min(0) / norm.to(size))
+        return pd
 
 
 def _could_hold_better(

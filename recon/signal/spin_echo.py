@@ -60,8 +60,8 @@ def spin_echo_signal(t1: Tensor, t2: Tensor, protocol: SpinEchoProtocol) -> Tens
     Returns:
         (..., m), 0 where T1 or T2 is not above zero.
     """
-    repetition_time = torch.tensor(protocol.repetition_time).to(t1)
-    echo_time = torch.tensor(protocol.echo_time).to(t1)
+    repetition_time = torch.tensor(protocol.repetition_time, dtype=t1.dtype, device=t1.device)
+    echo_time = torch.tensor(protocol.echo_time, dtype=t1.dtype, device=t1.device)
     # expm1 keeps the digits that are lost in 1 - exp where TR << T1.
     recovery = -torch.expm1(-repetition_time / t1[..., None])
     signal = recovery * torch.exp(-echo_time / t2[..., None])
