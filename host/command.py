@@ -385,6 +385,106 @@ def compare(
             raise ScanError(f"{json_file} cannot be written: {error.strerror}") from error
 
 
+@app.command(name="train-denoiser")
+def train_denoiser(
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of NIfTI files with BIDS names, or a table (.csv): file, modality[, weight]."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Weights to write (.safetensors).")],
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps in all.  [default: 20000, or as many as fit --minutes]")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.0, help="Minutes in all.")] = None,
+    channels: Annotated[str, typer.Option(help="Features of each resolution level.")] = "32,64,96",
+    blocks: Annotated[int, typer.Option(min=1, help="Residual blocks of a level.")] = 2,
+    attention: Annotated[
+        str, typer.Option(help="Levels with self-attention, 0 the finest; 'none' for none.")
+    ] = "2",
+    slices: Annotated[int, typer.Option(min=1, help="Single slices of a batch.")] = 12,
+    slice_size: Annotated[str, typer.Option(help="y,x voxels of single slices.")] = "96,96",
+    slabs: Annotated[int, typer.Option(min=1, help="Slabs of a batch.")] = 3,
+    slab_size: Annotated[str, typer.Option(help="z,y,x voxels of slabs.")] = "16,48,48",
+    slab_share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the steps that learn from slabs.")
+    ] = 0.3,
+    levels: Annotated[
+        str, typer.Option(help="Lowest and highest noise level (1 is the intensity), and how many.")
+    ] = "0.005,0.5,25",
+    rate: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 1e-3,
+    held_out: Annotated[float, typer.Option(help="Share of the data that validates.")] = 0.1,
+    voxel_size: Annotated[
+        float | None, typer.Option(help="Isotropic mm to bring volumes to.  [default: as they are]")
+    ] = None,
+    intensity: Annotated[str, typer.Option(help="Range of the random factor on intensities.")] = "0.5,1.5",
+    bias: Annotated[float, typer.Option(min=0.0, help="Strength of the random shading.")] = 0.3,
+    turned: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the patches that are turned and zoomed.")
+    ] = 0.5,
+    validate_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 500,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="CHECKPOINT", help="Folder of the checkpoint to go on from.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: all]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    note: Annotated[str, typer.Option(help="For the card, such as the licence of the data.")] = "",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Train the network that removes noise from weighted images."""
+    from quantitron.host.train import run_training
+
+    plane = _numbers(slice_size, int, 2, "--slice-size")
+    slab = _numbers(slab_size, int, 3, "--slab-size")
+    low, high, count = _numbers(levels, float, 3, "--levels") or ()
+    factor = _numbers(intensity, float, 2, "--intensity")
+    features = _numbers(channels, int, None, "--channels")
+    attended = (
+        () if attention.strip().lower() in ("", "none") else _numbers(attention, int, None, "--attention")
+    )
+    card = run_training(
+        data,
+        output,
+        shape={"channels": features, "blocks": blocks, "attention": attended},
+        loop={
+            "steps": steps if steps is not None else (0 if minutes else 20000),
+            "minutes": minutes or 0.0,
+            "rate": rate,
+            "validate_every": validate_every,
+            "seed": seed,
+        },
+        plan={
+            "slice_size": (1, *(plane or ())),
+            "slices": slices,
+            "slab_size": slab,
+            "slabs": slabs,
+            "slab_share": slab_share,
+        },
+        augmentation={"intensity": factor, "bias": bias, "turned": turned},
+        options={
+            "levels": (low, high, int(count)),
+            "held_out": held_out,
+            "voxel_size": voxel_size,
+            "note": note,
+        },
+        device=device,
+        threads=threads,
+        resume=resume,
+        overwrite=overwrite,
+        shown=logger.isEnabledFor(logging.INFO),
+    )
+    if as_json:
+        print(json.dumps({"output": str(output), **card}))
+        return
+    gain = card["validation"]["score"]
+    print(
+        f"{output}: {card['weights']} weights, {card['steps']} steps, {card['minutes']} min, {gain:+.2f} dB"
+    )
+
+
 @app.command()
 def pipelines(as_json: Json = False) -> None:
     """List the pipelines and their settings."""

@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGED = ("gadgets", "host", "phantoms", "pipelines", "recon", "reports")
+PACKAGED = ("gadgets", "host", "phantoms", "pipelines", "recon", "reports", "training")
 SOURCES = {
     file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8")
     for folder in (*PACKAGED, "benchmarks", "tests")

@@ -1,0 +1,122 @@
+"""Where a training stands, on disk: safetensors and JSON, replaced in one step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from quantitron.gadgets.errors import ScanError
+
+STATE = "state.json"
+"""Names the file of tensors that belongs to it, and its checksum."""
+
+
+@dataclass
+class TrainingState:
+    """All but the tensors."""
+
+    step: int = 0
+    """Steps done."""
+    seconds: float = 0.0
+    """Time spent on them."""
+    window: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    """Sum and number of the losses since the last point of the curve."""
+    losses: list[list[float]] = field(default_factory=list)
+    """Points of the loss curve: step, mean loss since the point before, learning rate, seconds."""
+    validations: list[dict[str, Any]] = field(default_factory=list)
+    """What the validation said, with its step."""
+
+
+def save_checkpoint(
+    folder: Path, state: TrainingState, tensors: Mapping[str, Tensor], identity: Mapping[str, object]
+) -> None:
+    """Write a checkpoint; the one before is there until the new one is complete.
+
+    Args:
+        folder: made if it does not exist.
+        state: where the training stands.
+        tensors: of weights and optimiser.
+        identity: what a training that goes on from here must have in common with this one.
+
+    Raises:
+        ScanError: if it cannot be written.
+    """
+    content = save({name: value.detach().to("cpu").contiguous() for name, value in tensors.items()})
+    name = f"step-{state.step:08d}.safetensors"
+    text = json.dumps(
+        {
+            "tensors": name,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "identity": dict(identity),
+            "state": asdict(state),
+        }
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, data in ((name, content), (STATE, text.encode())):
+            partial = folder / f".{file}.part"
+            with partial.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(folder / file)
+        for old in folder.glob("step-*.safetensors"):
+            if old.name != name:
+                old.unlink()
+    except OSError as error:
+        raise ScanError(f"the checkpoint {folder} cannot be written: {error.strerror or error}") from error
+
+
+def load_checkpoint(folder: Path, identity: Mapping[str, object]) -> tuple[TrainingState, dict[str, Tensor]]:
+    """Read a checkpoint.
+
+    Args:
+        folder: that ``save_checkpoint`` wrote to.
+        identity: of the training that is to go on.
+
+    Raises:
+        ScanError: if there is none, it is not whole, or it is one of another training.
+    """
+    try:
+        stored = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ScanError(f"{folder} holds no checkpoint of a training") from error
+    except (OSError, ValueError) as error:
+        raise ScanError(f"the checkpoint {folder / STATE} cannot be read: {error}") from error
+    try:
+        file = folder / Path(str(stored["tensors"])).name
+        checksum, known = str(stored["sha256"]), dict(stored["identity"])
+        state = TrainingState(**stored["state"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ScanError(f"{folder / STATE} is no checkpoint of a training") from error
+    wanted = json.loads(json.dumps(dict(identity)))
+    for key in sorted(set(known) | set(wanted)):
+        if known.get(key) != wanted.get(key):
+            raise ScanError(
+                f"{folder} is a checkpoint of another training: {key} was {_short(known.get(key))} "
+                f"and is {_short(wanted.get(key))}"
+            )
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ScanError(f"the checkpoint {file} cannot be read: {error.strerror}") from error
+    if hashlib.sha256(content).hexdigest() != checksum:
+        raise ScanError(f"the checkpoint {file} was cut short or altered")
+    try:
+        return state, load(content)
+    except SafetensorError as error:
+        raise ScanError(f"the checkpoint {file} is no safetensors file: {error}") from error
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

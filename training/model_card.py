@@ -1,0 +1,75 @@
+"""The page that tells people what a network was made from and what it can do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantitron.recon.networks.trained_network import NetworkDescription
+
+
+def card_text(name: str, description: NetworkDescription, checksum: str) -> str:
+    """The card as Markdown.
+
+    Args:
+        name: of the file of weights.
+        description: with its ``card``.
+        checksum: of the file.
+    """
+    card: Mapping[str, Any] = description.card
+    shape = description.shape
+    data = card.get("data", {})
+    lines = [f"# {name}", "", f"{description.kind}, for research use only.", ""]
+    if card.get("note"):
+        lines += [str(card["note"]), ""]
+    volumes = ", ".join(f"{count} {key}" for key, count in dict(data.get("volumes", {})).items())
+    rows = {
+        "trained on": f"{volumes} volumes, {data.get('held_out')} held out (by {data.get('held_out_by')})",
+        "checksum of the data": data.get("sha256"),
+        "checksum of the weights": checksum,
+        "network": f"U-Net, channels {_list(shape.channels)}, {shape.blocks} blocks, attention on levels "
+        f"{_list(shape.attention) or 'none'}, {card.get('weights')} weights",
+        "noise levels": f"{len(description.noise_levels)}, from {description.noise_levels[0]:g} to "
+        f"{description.noise_levels[-1]:g}"
+        if description.noise_levels
+        else "none",
+        "patch": _list(description.patch),
+        "steps": f"{card.get('steps')} in {card.get('minutes')} minutes on {card.get('device')}",
+        "last loss": card.get("loss"),
+        "versions": ", ".join(f"{key} {value}" for key, value in dict(card.get("versions", {})).items()),
+        "date": card.get("date"),
+    }
+    lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
+    options = _flat(card.get("options", {}))
+    lines += ["Options: " + ", ".join(f"{key} {value}" for key, value in options.items()) + ".", ""]
+    validation = dict(card.get("validation", {}))
+    for kind in ("slices", "slabs"):
+        lines += _table(kind, dict(validation.get(kind, {})))
+    return "\n".join(lines)
+
+
+def _table(kind: str, by_modality: dict[str, dict[str, list[float]]]) -> list[str]:
+    """PSNR of noisy and denoised patches."""
+    if not by_modality:
+        return []
+    names = list(by_modality)
+    lines = [f"PSNR of held out {kind} in dB, noisy -> denoised (peak 1, the 99.5th percentile):", ""]
+    lines += [f"| noise | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for level in by_modality[names[0]]:
+        cells = [f"{by_modality[name][level][0]:.2f} -> {by_modality[name][level][1]:.2f}" for name in names]
+        lines.append(f"| {level} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = _list(value) if isinstance(value, list | tuple) else str(value)
+    return flat
+
+
+def _list(values: Any) -> str:
+    return " x ".join(f"{value}" for value in values)
