@@ -1,0 +1,230 @@
+"""benchmarks/pnp.py: what it compares, what it runs, and what it says of a pipeline that fails."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from quantitron.gadgets.image_file import TRUTH_GROUP, read_images, write_images
+from quantitron.gadgets.map_volume import map_volumes
+from quantitron.phantoms.simulate_fingerprint import simulate_fingerprint
+from quantitron.recon.metrics import cosine_distance
+from quantitron.recon.signal.fingerprint_dictionary import fingerprint_dictionary
+from quantitron.recon.signal.fisp_mrf import contrast_signal
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import pnp
+from map_judgement import fingerprints, judge
+from part_costs import part_costs, peak_memory
+
+POINTS = 30
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory):
+    """A small raw file with truth, its protocol and a dictionary."""
+    folder = tmp_path_factory.mktemp("scan")
+    z, y, x = np.mgrid[:4, :32, :32]
+    inside = (y - 15.5) ** 2 + (x - 15.5) ** 2 < 14**2
+    grey = inside & (x > 15)
+    ripple = 1 + 0.1 * np.sin(x / 3 + y / 4 + z)
+    np.savez(
+        folder / "phantom.npz",
+        t1=np.where(grey, 1.3, 0.8) * ripple,
+        t2=np.where(grey, 0.09, 0.06) * ripple,
+        pd=np.where(inside, ripple, 0),
+        labels=np.where(grey, 2, np.where(inside, 3, 0)).astype(np.uint8),
+        mask=inside,
+        voxel_size=np.array([4e-3, 2e-3, 2e-3]),
+    )
+    raw = folder / "raw.h5"
+    simulate_fingerprint(
+        output=raw,
+        phantom=folder / "phantom.npz",
+        points=POINTS,
+        interleaves=8,
+        matrix=(32, 32, 1),
+        fov=(64.0, 64.0, 4.0),
+        coils=1,
+        snr=None,
+        supersampling=1,
+    )
+    protocol = pnp.make_schedule("jiang", POINTS)
+    return raw, protocol, fingerprint_dictionary(protocol, t1_points=40, t2_points=40)
+
+
+def changed(raw, path, **factors):
+    """A map file: the truth, some maps times a factor."""
+    found = []
+    for image in read_images(raw, TRUTH_GROUP):
+        image.data[:] = image.data * factors.get(image.meta["GADGETRON_DataRole"], 1.0)
+        found.append(image)
+    write_images(path, "maps", found)
+    return path
+
+
+def test_the_truth_is_beyond_reproach(scan, tmp_path):
+    raw, _, dictionary = scan
+    result = judge(changed(raw, tmp_path / "maps.h5"), raw, dictionary)
+    assert result["mape"] == result["tissue"] == {"T1": 0.0, "T2": 0.0}
+    assert result["cosine"] == pytest.approx(0, abs=1e-6)
+    assert set(result["psnr"]) == {"T1w", "T2w", "PDw"}
+    assert min(result["psnr"].values()) > 120
+    assert min(result["ssim"].values()) == pytest.approx(1)
+
+
+def test_each_figure_tells_what_it_is_made_for(scan, tmp_path):
+    raw, _, dictionary = scan
+    scaled = judge(changed(raw, tmp_path / "pd.h5", PD=7.0), raw, dictionary)  # PD is relative
+    assert min(scaled["psnr"].values()) > 100
+    longer = judge(changed(raw, tmp_path / "t2.h5", T2=1.1), raw, dictionary)
+    assert longer["mape"] == {"T1": 0.0, "T2": pytest.approx(0.1, abs=1e-5)}
+    assert 1e-6 < longer["cosine"] < 0.01
+    assert longer["psnr"]["T2w"] < longer["psnr"]["PDw"]
+    assert longer["psnr"]["T2w"] < longer["psnr"]["T1w"]
+    assert longer["ssim"]["T2w"] < 1
+    json.dumps(longer)
+
+
+def test_series_are_the_fingerprints_of_the_maps(scan):
+    raw, protocol, dictionary = scan
+    truth = map_volumes(read_images(raw, TRUTH_GROUP))
+    inside = truth["MASK"].values > 0
+    series = fingerprints(truth, dictionary)
+    assert np.isnan(series[:, np.isnan(truth["T1"].values)]).all()
+    axes = dictionary.basis(0.9999).contrast.numpy()  # (w, k)
+    t1, t2 = (torch.from_numpy(1e-3 * truth[role].values[inside]) for role in ("T1", "T2"))
+    exact = contrast_signal({"t1": t1, "t2": t2}, protocol).numpy().T  # (w, v)
+    found = axes @ series[:, inside]
+    everywhere = np.ones(found.shape[1], bool)
+    assert cosine_distance(found, exact, everywhere) < 3e-4  # the basis leaves out 1e-4 of the energy
+    assert np.linalg.norm(found - exact) < 0.02 * np.linalg.norm(exact)
+
+
+def test_cases():
+    assert pnp.shape_of("slice") == ("slice", 48)
+    assert pnp.shape_of("slab/6") == ("slab", 6)
+    for wrong in ("cube", "slice/0", "slice/49", "slab/six", "slice/-1"):
+        with pytest.raises(SystemExit, match=r"there is no case"):
+            pnp.shape_of(wrong)
+    arguments = argparse.Namespace(
+        cases=["slice/6", "slab/6"],
+        coils="8,1",
+        orders="shuffled",
+        heights="-5,5",
+        seeds="1",
+        schedule="jiang",
+        points=500,
+    )
+    found = [(case.name, case.coils, case.height) for case in pnp.cases(arguments)]
+    slices = [("slice/6", coils, height) for coils in (8, 1) for height in (-5.0, 5.0)]
+    assert found == [*slices, ("slab/6", 8, 0.0), ("slab/6", 1, 0.0)]
+
+
+def test_an_undersampled_slice_with_several_coils_comes_with_its_calibration(monkeypatch, tmp_path):
+    made = {}
+    monkeypatch.setattr(pnp, "simulate_fingerprint", lambda **arguments: made.update(arguments))
+    for name, coils, calibration in (
+        ("slice", 8, "none"),
+        ("slice/6", 8, "separate"),
+        ("slice/6", 1, "none"),
+    ):
+        case = pnp.Case(name, coils, "shuffled", 3.0, 1, "jiang", 500)
+        case.simulate("brain", "brain.npz", tmp_path)
+        assert made["calibration"] == calibration
+        assert made["acquired"] == (6 if "6" in name else 48)
+    made.clear()
+    pnp.Case("slab/6", 8, "shuffled", 0.0, 1, "jiang", 500).simulate("brain", "brain.npz", tmp_path)
+    assert (made["volume"], made["trains"]) == ("tilted", 6)
+    assert "acquired" not in made
+
+
+def test_a_pipeline_that_fails_has_a_row_and_the_others_run(scan, tmp_path, monkeypatch, capsys):
+    raw, _, dictionary = scan
+
+    def replayed(_raw, method, maps, settings):
+        if method == "arnet":
+            raise SystemExit("it ended with status 1")
+        assert settings == (["reconstruct.rounds=3"] if method == "llr" else [])
+        maps.unlink(missing_ok=True)
+        changed(raw, maps, T1={"lrtv": 1.2, "llr": 1.05}[method])
+        return 2.0, 0.5
+
+    monkeypatch.setattr(pnp, "measured_replay", replayed)
+    monkeypatch.setattr(pnp, "cached_dictionary", lambda _protocol: dictionary)
+    table = pnp.Table(tmp_path / "rows.json", pnp.HEAD)
+    case = pnp.Case("slice", 1, "shuffled", 0.0, 1, "jiang", POINTS)
+    pipelines = [("lrtv", "lrtv"), ("arnet", "arnet"), ("fewer", "llr:rounds=3")]
+    pnp.run(table, case, "ellipse", raw, pipelines)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["label"] for row in rows] == ["lrtv", "arnet", "fewer"]
+    assert rows[0]["of_reference"] == 1
+    assert rows[2]["of_reference"] == pytest.approx(0.25, rel=1e-3)
+    assert rows[1]["failed"] == "it ended with status 1"
+    assert table.failed()
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 5
+    assert "| `arnet` | failed: it ended with status 1 |" in printed[3]
+    assert all(line.count("|") == len(pnp.HEAD) + 1 for line in (printed[0], printed[2], printed[4]))
+
+
+def test_ablations_change_one_thing_each(monkeypatch):
+    settings = {"last_level": 0.02, "match_groups": 256, "denoiser": "network"}
+    monkeypatch.setattr(pnp, "preset", lambda _name: settings)
+    arguments = argparse.Namespace(
+        base="mri2qmap:penalty=2", only="modalities", levels="fixed,0.2", rounds="5,10", iterations="1"
+    )
+    base = ("mri2qmap:penalty=2", "mri2qmap:penalty=2")
+    assert pnp.ablations(arguments) == [
+        ("lrtv", "lrtv"),
+        base,
+        *(
+            (f"without {name}w", f"mri2qmap:penalty=2+{name.lower()}w_weight=0")
+            for name in ("T1", "T2", "PD")
+        ),
+    ]
+    arguments.base, arguments.only = "mri2qmap", "schedule,iterations,matching,denoiser"
+    assert [pipeline for _, pipeline in pnp.ablations(arguments)[2:]] == [
+        "mri2qmap:first_level=0.02+rounds=5",
+        "mri2qmap:first_level=0.02+rounds=10",
+        "mri2qmap:first_level=0.2+rounds=5",
+        "mri2qmap:first_level=0.2+rounds=10",
+        "mri2qmap:iterations=1",
+        "mri2qmap:match_groups=0",
+        "mri2qmap:match_groups=256",
+        "mri2qmap:denoiser=bm4d",
+        "mri2qmap:denoiser=tv",
+    ]
+    arguments.only = "modality"
+    with pytest.raises(SystemExit, match="there is no ablation 'modality'"):
+        pnp.ablations(arguments)
+
+
+class Works:
+    def once(self, size):
+        return np.ones(size).sum()
+
+
+def test_parts_are_measured_and_put_back():
+    original = Works.once
+    with part_costs({"sum": (Works, "once"), "root": (math, "sqrt")}) as costs:
+        before = peak_memory()
+        assert Works().once(20_000_000) == 20_000_000
+        assert Works().once(3) == 3
+    assert Works.once is original
+    assert (costs["sum"].calls, costs["root"].calls) == (2, 0)
+    assert 0 < costs["sum"].seconds < 60
+    if not torch.cuda.is_available():
+        assert costs["sum"].memory > 0.16
+        assert before > 0
+    with pytest.raises(RuntimeError, match="mine"), part_costs({"sum": (Works, "once")}):
+        raise RuntimeError("mine")
+    assert Works.once is original
