@@ -19,9 +19,9 @@ LONGEST_DESCRIPTION = 1 << 18
 """Characters of a description, its card included."""
 DEEPEST_CARD = 8
 """Lists and objects within one another in a card."""
-MOST_LEVELS = 8
+MOST_LEVELS = 6
 """Resolution levels of a network."""
-MOST_BLOCKS = 32
+MOST_BLOCKS = 8
 """Residual blocks of a level."""
 WIDEST = 4096
 """Channels, features, heads, modalities, or the length of the embedding."""

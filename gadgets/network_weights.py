@@ -10,6 +10,7 @@ that a file is whole, not who made it.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import stat
@@ -41,7 +42,7 @@ FOLDER_VARIABLE = "QUANTITRON_WEIGHTS"
 """Environment variable that names a folder of weights."""
 TRAINED_BY = {
     "contrast_denoiser": "quantitron train-denoiser",
-    "series_denoiser": "quantitron train-denoiser --kind series_denoiser",
+    "series_denoiser": "quantitron train-series-denoiser",
     "artifact_removal": "quantitron train-arnet",
 }
 """The command that trains a network of each kind."""
@@ -135,7 +136,8 @@ def write_network(
     except ValueError as error:
         raise ScanError(f"{path} is not written: {error}") from error
     checksum = _checksum(text, weights)
-    content = save(weights, {"format": FORMAT, "version": VERSION, "description": text, "sha256": checksum})
+    about = {"format": FORMAT, "version": VERSION, "description": text, "sha256": checksum}
+    content = _in_order(save(weights, about))
     if len(content) > LARGEST_FILE:
         raise ScanError(f"{path} is not written: it would be larger than {LARGEST_FILE >> 20} MiB")
     _put(path, content)
@@ -307,6 +309,14 @@ def _unfilled(shape: UNetShape) -> ConditionalUNet:
 
 
 # -------------------------------------------------------------------------------------------------- writing
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with a sorted header: the library's order is different every time."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the weights begin at a multiple of 8 bytes
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def _put(path: Path, content: bytes) -> None:

@@ -114,11 +114,7 @@ class Reconstruct(Gadget):
 
     def _network(self, request: NetworkRequest, context: Context) -> TrainedNetwork:
         """The network that the solver asks for, if it suits solver and scan."""
-        try:
-            network = requested_network(request)
-        except ScanError as error:
-            untrained = ", or set reconstruct.denoiser to one that needs none"
-            raise ScanError(f"{error}{untrained if hasattr(self.method, 'denoiser') else ''}") from error
+        network = requested_network(request)
         try:
             self.method.check_network(network.description, context.encoding, context.protocol)
         except ValueError as error:
