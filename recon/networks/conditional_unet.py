@@ -175,7 +175,7 @@ class ConditionalUNet(nn.Module):
 
     def _initialise(self, generator: torch.Generator | None) -> None:
         for module in self.modules():
-            if isinstance(module, _Convolution | nn.Linear):
+            if isinstance(module, nn.Conv3d | nn.Linear):
                 gain = 0.0 if getattr(module, "zero", False) else 1.0
                 fan_in = module.weight[0].numel()
                 with torch.no_grad():
