@@ -26,7 +26,7 @@ def read_b1_map(path: str, context: Context) -> Tensor:
     Args:
         path: an .npz file with the array ``b1``, or an .npy file: actual over nominal flip angle on the
             delivered grid, (z, y, x) for one slice or slab, else (s, z, y, x).
-        context: of a fingerprint scan, with its dictionary.
+        context: of a fingerprint scan; the dictionary need not be there yet, only its B1 values.
 
     Returns:
         (s, z, y, x) float32. What lies beyond the dictionary's B1 is noted.
@@ -37,7 +37,8 @@ def read_b1_map(path: str, context: Context) -> Tensor:
     """
     if context.protocol.sequence != "fisp_mrf":
         raise ScanError(f"reconstruct: b1_map is for fisp_mrf, this scan is {context.protocol.sequence}")
-    if context.dictionary is not None and len(context.dictionary.b1) < 2:
+    known = context.dictionary_b1
+    if known is not None and len(known) < 2:
         raise ScanError(
             "reconstruct: b1_map needs a dictionary of several B1 values; set the properties b1_range and "
             "b1_points of the gadget basis"
@@ -66,8 +67,8 @@ def read_b1_map(path: str, context: Context) -> Tensor:
             f"{PLAUSIBLE[0]:g}..{PLAUSIBLE[1]:g}"
         )
     b1 = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-    if context.dictionary is not None:
-        first, last = float(context.dictionary.b1[0]), float(context.dictionary.b1[-1])
+    if known is not None:
+        first, last = known[0], known[-1]
         beyond = int(((b1 < first - ROUNDING) | (b1 > last + ROUNDING)).sum())
         if beyond:
             context.note(

@@ -69,11 +69,11 @@ class BasisGadget(Gadget):
         return int(self.rank) if self.rank >= 1 else float(self.rank)
 
     def prepare(self, context: Context) -> None:
-        """Check the rank, and set ``context.basis`` where the protocol determines it.
+        """Check the settings, and set ``context.basis`` of a Cartesian scan whose protocol determines it.
 
         Raises:
             ScanError: if the rank is neither a number of columns nor an energy, or above the number of
-                contrasts.
+                contrasts, or settings do not fit the sequence or each other.
         """
         sequence = context.protocol.sequence
         rank = self.columns_or_energy(sequence)
@@ -88,7 +88,12 @@ class BasisGadget(Gadget):
                 f"basis: rank {int(rank)} is above the {contrasts} contrasts of this {sequence} scan"
             )
         if sequence == "fisp_mrf":
-            self._simulate(context, rank)
+            if self.source not in ("auto", "dictionary"):
+                raise ScanError(
+                    f"basis: source is '{self.source}', but fingerprints are matched in the basis of their "
+                    "dictionary; leave it at 'auto'"
+                )
+            context.dictionary_b1 = self._b1_values()
             return
         for name in DICTIONARY_GRID:
             if getattr(self, name) is not None:
@@ -96,29 +101,36 @@ class BasisGadget(Gadget):
         if self.source in ("auto", "dictionary"):
             context.basis = dictionary_basis(context.protocol, rank)
 
-    def _simulate(self, context: Context, rank: int | float) -> None:
-        """The dictionary of a fingerprint, and its leading columns."""
-        if self.source not in ("auto", "dictionary"):
-            raise ScanError(
-                f"basis: source is '{self.source}', but fingerprints are matched in the basis of their "
-                "dictionary; leave it at 'auto'"
-            )
+    def _b1_values(self) -> tuple[float, ...]:
+        """Actual over nominal flip angles of the dictionary, ascending."""
+        if self.b1_range is None:
+            if self.b1_points is not None:
+                raise ScanError("basis: property 'b1_points' needs 'b1_range' beside it")
+            return (1.0,)
+        first, last = self.b1_range
+        if not first < last:
+            raise ScanError(f"basis: b1_range runs from {first:g} to {last:g}")
+        points = B1_POINTS if self.b1_points is None else self.b1_points
+        return tuple(np.linspace(first, last, points).tolist())
+
+    def make_ready(self, context: Context) -> None:
+        """Simulate the dictionary of a fingerprint, which may take minutes, and take its leading columns.
+
+        Raises:
+            ScanError: if its grid makes no dictionary.
+        """
+        if context.protocol.sequence != "fisp_mrf":
+            return
         grid: dict[str, Any] = {
             name: getattr(self, name)
             for name in ("t1_range", "t2_range", "t1_points", "t2_points")
             if getattr(self, name) is not None
         }
-        if self.b1_range is not None:
-            first, last = self.b1_range
-            if not first < last:
-                raise ScanError(f"basis: b1_range runs from {first:g} to {last:g}")
-            points = B1_POINTS if self.b1_points is None else self.b1_points
-            grid["b1"] = tuple(np.linspace(first, last, points).tolist())
-        elif self.b1_points is not None:
-            raise ScanError("basis: property 'b1_points' needs 'b1_range' beside it")
         try:
-            context.dictionary = cached_dictionary(context.protocol, **grid, progress=_log_progress())
-            context.basis = context.dictionary.basis(rank)
+            context.dictionary = cached_dictionary(
+                context.protocol, **grid, b1=self._b1_values(), progress=_log_progress()
+            )
+            context.basis = context.dictionary.basis(self.columns_or_energy("fisp_mrf"))
         except ValueError as error:
             raise ScanError(f"basis: {error}") from error
 

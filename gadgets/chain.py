@@ -133,6 +133,8 @@ def make_chain(
     context.seed = next((s["seed"] for s in hashed.values() if isinstance(s.get("seed"), int)), 0)
     for gadget in chain:
         gadget.prepare(context)
+    for gadget in chain:
+        gadget.make_ready(context)
     return Chain(chain, context)
 
 

@@ -48,6 +48,8 @@ class Context:
     """Set before data flow by the basis gadget where the protocol alone determines the basis."""
     dictionary: FingerprintDictionary | None = None
     """Set before data flow by the basis gadget for fingerprints."""
+    dictionary_b1: tuple[float, ...] | None = None
+    """Actual over nominal flip angles of the dictionary to be; set by the basis gadget's ``prepare``."""
     b1: Tensor | None = None
     """(s, z, y, x) actual over nominal flip angle; set before data flow by reconstruct where it is given."""
     network: TrainedNetwork | None = None
@@ -93,6 +95,13 @@ class Gadget:
 
         Raises:
             ScanError: if the scan cannot be processed with these settings.
+        """
+
+    def make_ready(self, context: Context) -> None:
+        """Do what takes time before data flow, once every gadget of the chain is prepared.
+
+        Raises:
+            ScanError: if that is impossible.
         """
 
     def __call__(self, items: Iterable[Any], context: Context) -> Iterator[Any]:

@@ -70,9 +70,15 @@ def _surroundings(monkeypatch, tmp_path):
 # ---- basis
 
 
-def problems(lines, scan, **settings):
+def ready(scan, **settings):
     gadget = BasisGadget(**{**SMALL, **settings})
     gadget.prepare(scan)
+    gadget.make_ready(scan)
+    return gadget
+
+
+def problems(lines, scan, **settings):
+    gadget = ready(scan, **settings)
     return list(gadget(Accumulate()(numbered(*lines), scan), scan))
 
 
@@ -103,7 +109,7 @@ def test_each_slice_becomes_a_problem():
 
 def test_the_grid_of_the_dictionary_can_be_set():
     scan = context()
-    BasisGadget(**SMALL, b1_range=(0.8, 1.2), b1_points=3).prepare(scan)
+    ready(scan, b1_range=(0.8, 1.2), b1_points=3)
     dictionary = scan.dictionary
     assert dictionary.coefficients.shape[:3] == (3, 7, 6)
     assert dictionary.b1.tolist() == pytest.approx([0.8, 1.0, 1.2])
@@ -114,10 +120,10 @@ def test_the_grid_of_the_dictionary_can_be_set():
 def test_rank_of_a_fingerprint():
     """By default what keeps 99.99 % of the energy, and not more."""
     scan = context(fingerprint(40))
-    BasisGadget(**SMALL).prepare(scan)
+    ready(scan)
     assert scan.basis.retained_energy >= 0.9999
     assert scan.dictionary.basis(scan.basis.rank - 1).retained_energy < 0.9999
-    BasisGadget(**SMALL, rank=2).prepare(scan)
+    ready(scan, rank=2)
     assert scan.basis.rank == 2
     with pytest.raises(ScanError, match="rank 41 is above the 40 contrasts of this fisp_mrf scan"):
         BasisGadget(**SMALL, rank=41).prepare(scan)
@@ -142,7 +148,7 @@ def test_the_rank_of_other_scans_is_as_before():
 )
 def test_wrong_settings_of_the_basis_are_one_sentence(settings, words):
     with pytest.raises(ScanError, match=words):
-        BasisGadget(**{**SMALL, **settings}).prepare(context())
+        ready(context(), **settings)
 
 
 def test_the_grid_is_refused_for_other_sequences():
@@ -336,6 +342,23 @@ def test_a_b1_map_needs_a_dictionary_of_several_b1(tmp_path):
     np.savez(tmp_path / "b1.npz", b1=GOOD)
     with pytest.raises(ScanError, match="needs a dictionary of several B1 values; set the properties"):
         chain(reconstruct=b1_property(tmp_path / "b1.npz"))
+
+
+def test_whatever_can_be_refused_is_refused_before_the_dictionary_is_simulated(tmp_path, monkeypatch):
+    """A simulation may take minutes."""
+
+    def never(*arguments, **settings):
+        raise AssertionError("simulated although the scan is refused")
+
+    monkeypatch.setattr("quantitron.gadgets.basis.cached_dictionary", never)
+    several = {"b1_range": (0.8, 1.2), "b1_points": 3}
+    with pytest.raises(ScanError, match="there is no B1 map"):
+        chain(reconstruct=b1_property(tmp_path / "none.npz"), **several)
+    np.savez(tmp_path / "b1.npz", b1=GOOD)
+    with pytest.raises(ScanError, match="needs a dictionary of several B1 values"):
+        chain(reconstruct=b1_property(tmp_path / "b1.npz"))
+    with pytest.raises(AssertionError, match="simulated"):
+        chain(reconstruct=b1_property(tmp_path / "b1.npz"), **several)
 
 
 def test_a_b1_map_is_for_fingerprints(tmp_path):
