@@ -58,7 +58,6 @@ PIPELINES = "lrtv,svdmrf,mrf_admm,llr,mri2qmap,mrf_pnp,arnet"
 REFERENCE = "lrtv"
 """The pipeline whose T1 + T2 error is the unit; it runs first."""
 INTERLEAVES, DENSE_TRAINS, SNR = 48, 48, 10.0
-SLICE, SLAB = (192, 192, 1), (128, 128, 24)
 SLICE_FIELD, SLAB_FIELD = (220.0, 220.0, 5.0), (220.0, 220.0, 30.0)
 MODALITIES = SpinEchoProtocol().modalities
 CASE_HEAD = ["object", "case", "coils", "order", "height", "seed"]
@@ -82,28 +81,32 @@ class Case:
     seed: int
     schedule: str
     points: int
+    matrix: tuple[int, int, int]
+    """x, y, z."""
 
     def key(self, name: str) -> tuple[Any, ...]:
         """The first cells of its rows."""
-        return (name, self.name, self.coils, self.order, f"{self.height:g}", self.seed)
+        size = "x".join(str(points) for points in self.matrix if points > 1)
+        return (name, f"{self.name} {size}", self.coils, self.order, f"{self.height:g}", self.seed)
 
     def simulate(self, name: str, anatomy: str | Path, folder: Path) -> Path:
         """The raw file, from the folder where it is there."""
         parts = [*map(str, self.key(name)), Path(self.schedule).stem, str(self.points)]
-        raw = folder / ("_".join(parts).replace("/", "-") + ".h5")
+        raw = folder / ("_".join(parts).replace("/", "-").replace(" ", "_") + ".h5")
         if raw.exists():
             return raw
         kind, count = shape_of(self.name)
         if kind == "slab":
-            scan: dict[str, Any] = {"matrix": SLAB, "fov": SLAB_FIELD, "volume": "tilted"}
+            scan: dict[str, Any] = {"fov": SLAB_FIELD, "volume": "tilted"}
             scan |= {"trains": count, "supersampling": (2, 2, 1)}
         else:
             undersampled = count < INTERLEAVES
-            scan = {"matrix": SLICE, "fov": SLICE_FIELD, "height": self.height, "acquired": count}
+            scan = {"fov": SLICE_FIELD, "height": self.height, "acquired": count}
             scan["calibration"] = "separate" if undersampled and self.coils > 1 else "none"
         simulate_fingerprint(
             output=raw,
             phantom=anatomy,
+            matrix=self.matrix,
             schedule=self.schedule,
             points=self.points,
             interleaves=INTERLEAVES,
@@ -132,12 +135,17 @@ def shape_of(text: str) -> tuple[str, int]:
 def cases(arguments: argparse.Namespace) -> Iterator[Case]:
     """All combinations wanted."""
     for name in arguments.cases:
-        heights = [0.0] if shape_of(name)[0] == "slab" else numbers(arguments.heights, float)
+        slab = shape_of(name)[0] == "slab"
+        heights = [0.0] if slab else numbers(arguments.heights, float)
+        matrix = tuple(numbers(arguments.slab if slab else arguments.slice, int))
+        if len(matrix) != 3 or (slab and matrix[2] < 2) or (not slab and matrix[2] != 1):
+            raise SystemExit(f"{name} cannot have a matrix of {matrix} (x, y, z)")
         for coils in numbers(arguments.coils, int):
             for order in arguments.orders.split(","):
                 for height in heights:
                     for seed in numbers(arguments.seeds, int):
-                        yield Case(name, coils, order, height, seed, arguments.schedule, arguments.points)
+                        scan = (arguments.schedule, arguments.points, matrix)
+                        yield Case(name, coils, order, height, seed, *scan)
 
 
 def numbers(text: str, kind: type) -> list[Any]:
@@ -319,6 +327,8 @@ def main() -> None:
     parser.add_argument("--orders", default="shuffled")
     parser.add_argument("--heights", default="0", help="centres of slices in mm, with commas between")
     parser.add_argument("--seeds", default="1")
+    parser.add_argument("--slice", default="192,192,1", help="matrix of slices, of 220 x 220 x 5 mm")
+    parser.add_argument("--slab", default="128,128,24", help="matrix of slabs, of 220 x 220 x 30 mm")
     parser.add_argument("--schedule", default="jiang")
     parser.add_argument("--points", type=int, default=500)
     parser.add_argument("--pipelines", default=PIPELINES, help="accuracy: name[:property=value+...], ...")

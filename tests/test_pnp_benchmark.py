@@ -123,10 +123,18 @@ def test_cases():
         seeds="1",
         schedule="jiang",
         points=500,
+        slice="64,64,1",
+        slab="48,48,8",
     )
+    assert {case.matrix for case in pnp.cases(arguments)} == {(64, 64, 1), (48, 48, 8)}
     found = [(case.name, case.coils, case.height) for case in pnp.cases(arguments)]
     slices = [("slice/6", coils, height) for coils in (8, 1) for height in (-5.0, 5.0)]
+    keys = {case.key("brain")[1] for case in pnp.cases(arguments)}
+    assert keys == {"slice/6 64x64", "slab/6 48x48x8"}
     assert found == [*slices, ("slab/6", 8, 0.0), ("slab/6", 1, 0.0)]
+    arguments.slab = "48,48"
+    with pytest.raises(SystemExit, match="slab/6 cannot have a matrix of"):
+        list(pnp.cases(arguments))
 
 
 def test_an_undersampled_slice_with_several_coils_comes_with_its_calibration(monkeypatch, tmp_path):
@@ -137,12 +145,14 @@ def test_an_undersampled_slice_with_several_coils_comes_with_its_calibration(mon
         ("slice/6", 8, "separate"),
         ("slice/6", 1, "none"),
     ):
-        case = pnp.Case(name, coils, "shuffled", 3.0, 1, "jiang", 500)
+        case = pnp.Case(name, coils, "shuffled", 3.0, 1, "jiang", 500, (64, 64, 1))
         case.simulate("brain", "brain.npz", tmp_path)
         assert made["calibration"] == calibration
         assert made["acquired"] == (6 if "6" in name else 48)
     made.clear()
-    pnp.Case("slab/6", 8, "shuffled", 0.0, 1, "jiang", 500).simulate("brain", "brain.npz", tmp_path)
+    pnp.Case("slab/6", 8, "shuffled", 0.0, 1, "jiang", 500, (64, 64, 8)).simulate(
+        "brain", "brain.npz", tmp_path
+    )
     assert (made["volume"], made["trains"]) == ("tilted", 6)
     assert "acquired" not in made
 
@@ -161,7 +171,7 @@ def test_a_pipeline_that_fails_has_a_row_and_the_others_run(scan, tmp_path, monk
     monkeypatch.setattr(pnp, "measured_replay", replayed)
     monkeypatch.setattr(pnp, "cached_dictionary", lambda _protocol: dictionary)
     table = pnp.Table(tmp_path / "rows.json", pnp.HEAD)
-    case = pnp.Case("slice", 1, "shuffled", 0.0, 1, "jiang", POINTS)
+    case = pnp.Case("slice", 1, "shuffled", 0.0, 1, "jiang", POINTS, (32, 32, 1))
     pipelines = [("lrtv", "lrtv"), ("arnet", "arnet"), ("fewer", "llr:rounds=3")]
     pnp.run(table, case, "ellipse", raw, pipelines)
     rows = json.loads((tmp_path / "rows.json").read_text())
