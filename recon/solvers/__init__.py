@@ -1,5 +1,6 @@
 """One file a method; SOLVERS lists them all."""
 
+from quantitron.recon.solvers.arnet import ArtifactRemoval
 from quantitron.recon.solvers.joint_inr import JointINR
 from quantitron.recon.solvers.llr import FingerprintLocallyLowRank, LocallyLowRank
 from quantitron.recon.solvers.lorein import LoREIN
@@ -7,6 +8,7 @@ from quantitron.recon.solvers.lrt import LowRankTensor
 from quantitron.recon.solvers.lrtv import FingerprintTotalVariation, LowRankTotalVariation
 from quantitron.recon.solvers.model_based import ModelBased
 from quantitron.recon.solvers.mrf_admm import FingerprintAdmm
+from quantitron.recon.solvers.mrf_pnp import PlugAndPlay
 from quantitron.recon.solvers.solver import Solver
 from quantitron.recon.solvers.subspace import FingerprintSubspace, Subspace
 from quantitron.recon.solvers.summit import Summit
@@ -14,6 +16,7 @@ from quantitron.recon.solvers.svdmrf import SvdMrf
 
 __all__ = [
     "SOLVERS",
+    "ArtifactRemoval",
     "FingerprintAdmm",
     "FingerprintLocallyLowRank",
     "FingerprintSubspace",
@@ -24,6 +27,7 @@ __all__ = [
     "LowRankTensor",
     "LowRankTotalVariation",
     "ModelBased",
+    "PlugAndPlay",
     "Solver",
     "Subspace",
     "Summit",
@@ -44,5 +48,7 @@ SOLVERS: tuple[type[Solver], ...] = (
     FingerprintTotalVariation,
     FingerprintAdmm,
     JointINR,
+    PlugAndPlay,
+    ArtifactRemoval,
 )
 """Every method that the XML can name; two of one name reconstruct different sequences."""

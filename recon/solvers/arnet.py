@@ -1,0 +1,103 @@
+"""Artifact removal (ARNet): a network that was shown what undersampling does to coefficient images.
+
+    U = U0 + size net(U0 / size)
+
+U0 is the linear estimate in the canonical form of ``canonical_series``, its intensity normalised and its
+components brought to like size. The network was trained with pairs of such estimates and perfect images, and
+works where scans are undersampled as those were.
+One pass, nothing is asked of k-space again (MRI2Qmap, S.III). METHODS 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantitron.recon.canonical_series import TissueAxes, canonical_series, check_protocol, tissue_axes
+from quantitron.recon.coefficient_basis import CoefficientBasis
+from quantitron.recon.data import Encoding, FingerprintProblem, Maps, Protocol
+from quantitron.recon.networks.trained_network import NetworkDescription, NetworkRequest, TrainedNetwork
+from quantitron.recon.priors.network_denoiser import PatchwiseNetwork
+from quantitron.recon.priors.series_denoiser import check_series_network, series_intensity
+from quantitron.recon.solvers.fingerprint import FingerprintSolver
+from quantitron.recon.solvers.solver import Progress
+
+KIND = "artifact_removal"
+
+
+@dataclass(frozen=True)
+class ArtifactRemoval(FingerprintSolver):
+    """Settings of the linear estimate that the network was trained on, and of the network."""
+
+    name: ClassVar[str] = "arnet"
+
+    tolerance: float = field(default=3.0, metadata={"minimum": 0})
+    """As in the training: another estimate has other artifacts."""
+    weights: str = ""
+    """File with the weights of the network, from ``quantitron train-arnet``."""
+
+    @property
+    def network(self) -> NetworkRequest:
+        """Of artifact removal."""
+        return NetworkRequest(KIND, self.weights)
+
+    def check_network(self, network: NetworkDescription, encoding: Encoding, protocol: Protocol) -> None:
+        """Refuse a network of other channels or for another protocol."""
+        del encoding
+        check_series_network(network, KIND)
+        check_protocol(network, protocol)
+
+    def solve(self, problem: FingerprintProblem, progress: Progress) -> Iterator[Maps]:
+        """Reconstruct one slice; yields the final maps only."""
+        trained = problem.network
+        if trained is None:
+            raise ValueError("artifact removal needs a trained network")
+        self.check_network(trained.description, problem.encoding, problem.protocol)
+        components = check_series_network(trained.description, KIND)
+        axes = tissue_axes(problem.basis, problem.dictionary, components)
+        estimate = self.linear_estimate(problem, lambda doing, share: progress(doing, share))
+        progress("removing artifacts", 0.4)
+        # In the dictionary's own basis: the network may bring back what the scan's basis left out.
+        mixing = estimate.basis.mixing[0].to(estimate.coefficients)  # (l, k)
+        images = torch.einsum("lk,xkzy->xlzy", mixing, estimate.coefficients)
+        images = self.restored(images, axes, trained, problem, estimate.voxel_size)
+        inside = torch.einsum("lk,xlzy->xkzy", mixing.conj(), images)
+        residual = estimate.residual_to_noise(inside)
+        progress("matching", 0.85)
+        rank = problem.basis.rank
+        whole = CoefficientBasis(
+            torch.eye(rank, dtype=torch.complex64)[None], torch.ones(rank), problem.basis.retained_energy
+        )
+        yield self.matched(images, whole, problem, residual)
+        progress("done", 1.0)
+
+    def restored(
+        self,
+        images: Tensor,
+        axes: TissueAxes,
+        trained: TrainedNetwork,
+        problem: FingerprintProblem,
+        voxel_size: tuple[float, float, float],
+    ) -> Tensor:
+        """Images without artifacts.
+
+        Args:
+            images: (x, l, z, y) in the basis of the problem.
+            axes: the canonical ones.
+            trained: the network.
+            problem: the slice.
+            voxel_size: edges [m] along x, z, y.
+
+        Returns:
+            (x, l, z, y).
+        """
+        form = canonical_series(images, axes.axes, voxel_size)
+        series = form.images(images)
+        scale = series_intensity(series) * axes.channels().to(series)
+        network = PatchwiseNetwork(trained, problem.device)
+        change = network.map((series / scale)[None])[0].to(series)
+        return form.replaced(images, series + scale * change)

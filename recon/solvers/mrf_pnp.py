@@ -1,0 +1,159 @@
+"""Plug-and-play fingerprinting: ADMM with a denoiser on the coefficient images (Fatania 2022).
+
+    minimise 1/2 ||s - A U||^2 + field_share Q(U) + R(U)
+
+R is whatever prior the denoiser stands for: in the place of its proximal step the images are denoised. In
+turns: conjugate gradients for U, pulled towards the denoised images; the denoiser, on U plus the multipliers;
+the multipliers. As published, noise level and penalty stay the same; with a first level above the last one
+the level falls from round to round and the penalty rises with its inverse square (Zhang 2021). Q is the
+Gaussian prior of the linear estimate. METHODS 4.
+
+``network`` was trained on coefficient images of one protocol; ``tv`` and ``bm4d`` know no protocol, and
+restore each image alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantitron.recon.algorithms.admm import Splitting, admm
+from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
+from quantitron.recon.canonical_series import canonical_series, check_protocol, tissue_axes
+from quantitron.recon.data import Encoding, Protocol
+from quantitron.recon.networks.trained_network import NetworkDescription, NetworkRequest
+from quantitron.recon.priors.block_matching_denoiser import BlockMatchingDenoiser
+from quantitron.recon.priors.series_denoiser import (
+    ImageByImage,
+    NetworkSeriesDenoiser,
+    SeriesDenoiser,
+    check_series_network,
+    series_intensity,
+)
+from quantitron.recon.priors.variation_denoiser import VariationDenoiser
+from quantitron.recon.solvers.coefficient_solver import LEAST_TOLERANCE
+from quantitron.recon.solvers.fingerprint import FingerprintEstimate, FingerprintSolver
+from quantitron.recon.solvers.solver import Progress
+
+KIND = "series_denoiser"
+DENOISERS = ("network", "tv", "bm4d")
+
+
+@dataclass(frozen=True)
+class PlugAndPlay(FingerprintSolver):
+    """Settings of the rounds between k-space and denoiser."""
+
+    name: ClassVar[str] = "mrf_pnp"
+
+    linear_iterations: int = field(default=4, metadata={"minimum": 1})
+    """Conjugate gradient steps of the second pass: only a start is wanted here."""
+    denoiser: str = field(default="network", metadata={"choices": DENOISERS})
+    """``network`` is trained on coefficient images; ``tv`` and ``bm4d`` need no training."""
+    weights: str = ""
+    """File with the weights of the network, from ``quantitron train-denoiser``; empty: those that come with
+    the package."""
+    rounds: int = field(default=10, metadata={"minimum": 1})
+    """Rounds of the splitting."""
+    iterations: int = field(default=10, metadata={"minimum": 1})
+    """Conjugate gradient steps in each of them."""
+    first_level: float = field(default=0.02, metadata={"above": 0})
+    """Noise level of the first round, relative to the intensity of the strongest component."""
+    last_level: float = field(default=0.02, metadata={"above": 0})
+    """Noise level of the last one; those between are spaced evenly in the logarithm."""
+    penalty: float = field(default=1.0, metadata={"above": 0})
+    """Trust in what is restored: penalty = this x noise variance / (level x intensity)^2."""
+    field_share: float = field(default=1.0, metadata={"minimum": 0})
+    """Share of the linear estimate's prior that is kept; 0, as published: none."""
+
+    def __post_init__(self) -> None:
+        """Refuse levels that rise.
+
+        Raises:
+            ValueError: if the first level is below the last one.
+        """
+        super().__post_init__()
+        if self.first_level < self.last_level:
+            raise ValueError(
+                f"first_level {self.first_level:g} is below last_level {self.last_level:g}; levels must fall"
+            )
+
+    @property
+    def network(self) -> NetworkRequest | None:
+        """Of a denoiser of series, where one is plugged in."""
+        return NetworkRequest(KIND, self.weights) if self.denoiser == "network" else None
+
+    def check_network(self, network: NetworkDescription, encoding: Encoding, protocol: Protocol) -> None:
+        """Refuse a network of other channels or for another protocol."""
+        del encoding
+        check_series_network(network, KIND)
+        check_protocol(network, protocol)
+
+    def levels(self) -> list[float]:
+        """Noise level of each round."""
+        steps = torch.linspace(0, 1, self.rounds, dtype=torch.float64) if self.rounds > 1 else torch.ones(1)
+        return [self.first_level ** (1 - share) * self.last_level**share for share in steps.tolist()]
+
+    def refine(self, estimate: FingerprintEstimate, seed: int, progress: Progress) -> Tensor:
+        """U (x, k, z, y) where k-space and denoiser agree."""
+        denoise = self.series_denoiser(estimate)
+        generator = torch.Generator().manual_seed(seed)
+        operator, prior, share = estimate.operator, estimate.prior, self.field_share
+        diagonal = operator.mean_diagonal()[:, None, None] + 0.3 * share * prior.diagonal()
+        form = canonical_series(estimate.coefficients, self._axes(estimate), estimate.voxel_size)
+        scale = series_intensity(form.images(estimate.coefficients))
+
+        def closest(target: Tensor, factor: float, last: Tensor) -> Tensor:
+            return conjugate_gradient(
+                lambda u: operator(u) + factor * u + (share * prior.precision(u) if share else 0.0),
+                estimate.data + factor * target,
+                start=last,
+                preconditioner=lambda residual: residual / (diagonal + factor),
+                iterations=self.iterations,
+                tolerance=LEAST_TOLERANCE,
+            )
+
+        u = estimate.coefficients
+        state = Splitting(u, u, torch.zeros_like(u), 1.0, 0, 1.0, 1.0)
+        for number, level in enumerate(self.levels()):
+            progress("denoising", number / self.rounds)
+            penalty = self.penalty * estimate.noise / (level * scale) ** 2
+
+            def restored(images: Tensor, _step: float, level: float = level) -> Tensor:
+                series = form.images(images)
+                # The level is one of noise beside the scan's own intensity, whatever the images' is now.
+                own = level * scale / series_intensity(series)
+                return form.replaced(images, denoise(series, own, generator))
+
+            # The multiplier is kept as multiplier / penalty.
+            state = replace(state, u=state.u * (state.penalty / penalty), penalty=penalty)
+            state = admm(closest, restored, state, iterations=1, tolerance=0.0)
+        return state.x
+
+    def series_denoiser(self, estimate: FingerprintEstimate) -> SeriesDenoiser:
+        """What is plugged in.
+
+        Raises:
+            ValueError: if it is a network, and none or one for something else came with the problem.
+        """
+        if self.denoiser == "tv":
+            return ImageByImage(VariationDenoiser())
+        if self.denoiser == "bm4d":
+            return ImageByImage(BlockMatchingDenoiser())
+        problem = estimate.problem
+        if problem.network is None:
+            raise ValueError("the denoiser 'network' needs a trained network")
+        self.check_network(problem.network.description, problem.encoding, problem.protocol)
+        return NetworkSeriesDenoiser(problem.network, problem.device)
+
+    def _axes(self, estimate: FingerprintEstimate) -> Tensor:
+        """(k, K) the canonical axes for a network; the scan's own for what knows none."""
+        problem = estimate.problem
+        mixing = estimate.basis.mixing[0]  # (l, k)
+        if self.denoiser != "network" or problem.network is None:
+            return torch.eye(mixing.shape[1])
+        components = check_series_network(problem.network.description, KIND)
+        axes = tissue_axes(problem.basis, problem.dictionary, components).axes  # (l, K)
+        return mixing.mH @ axes.to(mixing)

@@ -1,0 +1,232 @@
+"""Pairs of coefficient images: as an undersampled scan gives them, and as a perfect one would.
+
+Both stand in the canonical form of ``recon.canonical_series``; the first is what the pipeline ``arnet`` has
+before its network, by the same code. Pairs are kept in a folder, one file each, so that a training that was
+stopped does not simulate them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantitron.gadgets.errors import ScanError
+from quantitron.phantoms.anatomy import Anatomy
+from quantitron.phantoms.simulate import load_anatomy
+from quantitron.recon.canonical_series import canonical_series, tissue_axes
+from quantitron.recon.data import FingerprintDictionary
+from quantitron.recon.solvers.fingerprint import FingerprintSolver
+from quantitron.training.artifact_scan import ScanPlan, SimulatedSlice, place_slice, simulate_slice
+
+logger = logging.getLogger("quantitron")
+
+_LAYOUT = 2
+"""Raised whenever the arrays of a file change their meaning."""
+
+
+@dataclass(frozen=True)
+class SeriesPair:
+    """One slice, in units of the noise of whitened samples and, each component, of its size in tissue."""
+
+    reconstructed: Tensor
+    """(2K, z, y, x) float32."""
+    perfect: Tensor
+    """(2K, z, y, x) float32."""
+
+
+def reconstructed_pair(scan: SimulatedSlice, solver: FingerprintSolver, components: int) -> SeriesPair:
+    """Reconstruct a simulated slice up to the linear estimate.
+
+    Args:
+        scan: the slice.
+        solver: whose estimate is taken.
+        components: K.
+    """
+    problem = scan.problem
+    estimate = solver.linear_estimate(problem, lambda _doing, _share: None)
+    images = torch.einsum("lk,xkzy->xlzy", estimate.basis.mixing[0], estimate.coefficients)
+    axes = tissue_axes(problem.basis, problem.dictionary, components)
+    form = canonical_series(images, axes.axes, estimate.voxel_size)
+    perfect = scan.placed.perfect(estimate.operator.csm)
+    return SeriesPair(form.images(images) / axes.channels(), form.images(perfect) / axes.channels())
+
+
+@dataclass(frozen=True)
+class PairPlan:
+    """Which slices of which scans."""
+
+    scans: tuple[ScanPlan, ...]
+    """Of one protocol; each slice is scanned by every one of them."""
+    slices: int = 8
+    """Of each phantom."""
+    extent: float = 24.0
+    """Length [mm] along z, about the middle, over which they are spread."""
+    components: int = 5
+    """K."""
+    rank: int | float = 0.9999
+    """Of the temporal basis."""
+    seed: int = 0
+    """Of everything random."""
+
+    def __post_init__(self) -> None:
+        """Refuse scans of several protocols.
+
+        Raises:
+            ScanError: in one sentence.
+        """
+        if not self.scans:
+            raise ScanError("no scan to learn from")
+        if len({(scan.schedule, scan.points, scan.schedule_seed) for scan in self.scans}) > 1:
+            raise ScanError("a network is for one protocol: all scans need the same schedule and points")
+        if self.slices < 1:
+            raise ScanError(f"{self.slices} slices of each phantom are none to learn from")
+
+
+def simulate_pairs(
+    phantoms: Sequence[Path | str],
+    plan: PairPlan,
+    solver: FingerprintSolver,
+    folder: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[SeriesPair]:
+    """Simulate what is not in the folder yet, and read all of it.
+
+    Args:
+        phantoms: ``mni`` or ``FILE.npz``.
+        plan: of the slices.
+        solver: whose estimate is learned from.
+        folder: of the pairs; made where absent.
+        progress: told how many of how many there are.
+
+    Raises:
+        ScanError: if a phantom or the plan makes no sense, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ScanError(f"the folder {folder} cannot be made: {error.strerror}") from error
+    total = len(phantoms) * plan.slices * len(plan.scans)
+    pairs: list[SeriesPair] = []
+    dictionary: FingerprintDictionary | None = None
+    for number, phantom in enumerate(phantoms):
+        anatomy: Anatomy | None = None
+        for place in range(plan.slices):
+            for scan_number, scan in enumerate(plan.scans):
+                seed = _seed(plan.seed, number, place, scan_number)
+                name = _name(phantom, scan, plan, solver, place, seed)
+                pair = _read(folder / name)
+                if pair is None:
+                    anatomy = anatomy or load_anatomy(phantom)
+                    dictionary = dictionary or scan.dictionary()
+                    height, phase = _drawn(plan, place, seed)
+                    placed = place_slice(
+                        anatomy,
+                        scan,
+                        dictionary.basis(plan.rank),
+                        height=height,
+                        receive_phase=phase,
+                        seed=seed,
+                    )
+                    simulated = simulate_slice(placed, scan, dictionary, seed)
+                    pair = reconstructed_pair(simulated, solver, plan.components)
+                    _write(folder / name, pair)
+                pairs.append(pair)
+                if progress is not None:
+                    progress(len(pairs), total)
+    return pairs
+
+
+def clean_series(
+    phantoms: Sequence[Path | str], plan: PairPlan, progress: Callable[[int, int], None] | None = None
+) -> list[Tensor]:
+    """Perfect images of slices, in the canonical form, as a network that removes noise learns from.
+
+    Args:
+        phantoms: ``mni`` or ``FILE.npz``.
+        plan: of the slices; of its scans only the first one's object and grid matter.
+        progress: told how many of how many there are.
+
+    Returns:
+        (2K, z, y, x) float32 each.
+
+    Raises:
+        ScanError: if a phantom or the plan makes no sense.
+    """
+    scan = plan.scans[0]
+    dictionary = scan.dictionary()
+    basis = dictionary.basis(plan.rank)
+    dz, dy, dx = scan.encoding.voxel_size
+    total = len(phantoms) * plan.slices
+    found: list[Tensor] = []
+    for number, phantom in enumerate(phantoms):
+        anatomy = load_anatomy(phantom)
+        for place in range(plan.slices):
+            seed = _seed(plan.seed, number, place, 0)
+            height, phase = _drawn(plan, place, seed)
+            placed = place_slice(anatomy, scan, basis, height=height, receive_phase=phase, seed=seed)
+            images = placed.combined()
+            axes = tissue_axes(basis, dictionary, plan.components).axes
+            found.append(canonical_series(images, axes, (dx, dz, dy)).images(images))
+            if progress is not None:
+                progress(len(found), total)
+    return found
+
+
+def _drawn(plan: PairPlan, place: int, seed: int) -> tuple[float, float]:
+    """Height [m] and receive phase [rad] of a slice."""
+    random = np.random.default_rng([seed, 31])
+    share = (place + random.uniform(0.25, 0.75)) / plan.slices
+    return 1e-3 * plan.extent * (share - 0.5), float(random.uniform(0.5, 2.5))
+
+
+def _seed(seed: int, phantom: int, place: int, scan: int) -> int:
+    return int(np.random.default_rng([seed, phantom, place, scan]).integers(1 << 31))
+
+
+def _name(
+    phantom: Path | str, scan: ScanPlan, plan: PairPlan, solver: FingerprintSolver, place: int, seed: int
+) -> str:
+    """File of a pair: a hash of all that it depends on."""
+    content = str(phantom)
+    if content not in ("mni", "nist"):
+        try:
+            content = hashlib.sha256(Path(phantom).read_bytes()).hexdigest()
+        except OSError as error:
+            raise ScanError(f"the phantom {phantom} cannot be read: {error.strerror}") from error
+    of = [_LAYOUT, content, asdict(scan), plan.components, plan.rank, plan.slices, plan.extent, place, seed]
+    of.append({key: value for key, value in asdict(solver).items() if key != "weights"})
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:20] + ".npz"
+
+
+def _write(path: Path, pair: SeriesPair) -> None:
+    """Under another name first: a file is whole or not there."""
+    part = path.with_name(f"{path.stem}.{os.getpid()}.part.npz")
+    try:
+        np.savez(part, reconstructed=pair.reconstructed.numpy(), perfect=pair.perfect.numpy())
+        os.replace(part, path)
+    except OSError as error:
+        raise ScanError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> SeriesPair | None:
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            parts = [torch.from_numpy(arrays[name]) for name in ("reconstructed", "perfect")]
+    except (OSError, ValueError, KeyError) as error:
+        raise ScanError(f"{path} is not a pair of coefficient images ({error}); remove it") from error
+    if parts[0].shape != parts[1].shape or not all(bool(part.isfinite().all()) for part in parts):
+        raise ScanError(f"{path} is not a pair of coefficient images; remove it")
+    return SeriesPair(*parts)
