@@ -105,6 +105,11 @@ class JointINR(DensityCompensated, FingerprintSolver):
     """Pull towards the nearest fingerprints in that, in units of the mean curvature of the data term, once
     blocks have been reweighted three times; 0: none."""
 
+    @property
+    def compensates_density(self) -> bool:
+        """Only the adjoint has density weights."""
+        return self.start == "adjoint"
+
     def solve(self, problem: FingerprintProblem, progress: Progress) -> Iterator[Maps]:
         """Reconstruct one slice; yields the final maps only."""
         if self.start == "cg":

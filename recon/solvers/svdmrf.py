@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from quantitron.recon.data import FingerprintProblem, Maps, TrajectorySums
+from quantitron.recon.data import Encoding, FingerprintProblem, Maps, Protocol, TrajectorySums
 from quantitron.recon.operators.density_compensation import density_weights
 from quantitron.recon.operators.toeplitz import adjoint_images
 from quantitron.recon.solvers.fingerprint import FingerprintMethod, Prepared
@@ -28,6 +28,24 @@ class DensityCompensated(FingerprintMethod):
 
     density: str = field(default="auto", metadata={"choices": ("auto", "pipe", "voronoi")})
     """Density compensation: ``auto`` takes the weights that the scan brings, else those of Pipe and Menon."""
+
+    @property
+    def compensates_density(self) -> bool:
+        """Whether density weights are made at all; settings may decide."""
+        return True
+
+    def check(self, encoding: Encoding, protocol: Protocol) -> None:
+        """Refuse Voronoi cells in 3D before any data are read.
+
+        Raises:
+            ValueError: where they are asked for.
+        """
+        super().check(encoding, protocol)
+        partitions = encoding.matrix[0]
+        if self.density == "voronoi" and self.compensates_density and partitions > 1:
+            raise ValueError(
+                f"density 'voronoi' is for scans of one partition, this one has {partitions}; take 'pipe'"
+            )
 
     def weights(self, sums: TrajectorySums) -> Tensor:
         """(n,) density weights of the points."""
