@@ -15,10 +15,12 @@ from quantitron.gadgets.gadget import Context
 from quantitron.gadgets.header import counter_length, counter_limit, phase_encoding
 from quantitron.gadgets.line_position import Index, counter_values
 from quantitron.gadgets.trajectory_store import Readouts, TrajectoryStore
-from quantitron.recon.data import ScanData
+from quantitron.recon.data import ScanData, TrajectoryKSpace
 
 ROUNDING = 1e-3
 """How far beyond its limit a k-space position may be, relative to the width of k-space."""
+HOLE = 1.0
+"""Distance [cycles per field of view] of the samples nearest to the k-space centre that needs mention."""
 COLUMNS = "xyz"
 
 
@@ -282,6 +284,7 @@ class TrajectoryScan:
             else None
             for store in (self._imaging, self._calibration)
         )
+        self._note_holes([part for part in (calibration, kspace) if part is not None], slices)
         return ScanData(
             kspace=kspace,
             reduced=None,
@@ -290,6 +293,28 @@ class TrajectoryScan:
             noise_known=self._context.noise_known,
             energy=energy,
         )
+
+    def _note_holes(self, sources: list[TrajectoryKSpace], slices: int) -> None:
+        """Say where the k-space centre was not sampled: coil maps are then guessed from what lies around it.
+
+        Args:
+            sources: readouts that coil maps may come from; a slice takes the first ones that it has.
+            slices: of the scan.
+        """
+        nearest = np.full(slices, np.inf)  # cycles per field of view
+        for source in sources:
+            size = np.array(source.grid[:0:-1][: self._dimensions], dtype=np.float32)
+            distance = np.linalg.norm(source.trajectory.numpy() * size, axis=1)
+            starts = (source.readout_length.cumsum(0) - source.readout_length).numpy()
+            found = np.full(slices, np.inf)
+            np.minimum.at(found, source.slice.numpy(), np.minimum.reduceat(distance, starts))
+            nearest = np.where(np.isfinite(nearest), nearest, found)
+        for index in np.flatnonzero(np.isfinite(nearest) & (nearest > HOLE)):
+            where = f" of slice {index}" if slices > 1 else ""
+            self._context.note(
+                f"the k-space centre{where} was not sampled, the nearest sample lies {nearest[index]:.3g} "
+                "cycles per field of view from it: coil maps, which come from there, are not to be relied on"
+            )
 
     def _judge(self, slices: int) -> None:
         self._reach(slices)

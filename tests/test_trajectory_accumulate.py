@@ -489,6 +489,23 @@ def test_calibration_readouts_stand_apart_and_may_count_twice():
     assert scan.notes == []
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_hole_in_the_centre_of_k_space_is_said(calibrated):
+    """Of a slice whose coil maps must come from around it; readouts for calibration fill it."""
+    lines = whole_scan(points=6, slices=2)
+    lines.trajectory[6:, :8] = lines.trajectory[6:, 8:9]
+    hole = float(np.linalg.norm(lines.trajectory[6:] * 16, axis=2).min())
+    separate = [readouts(spirals(2, 9), flags=[CALIBRATION], slice=1)] if calibrated else []
+    scan = context(grid=images(slices=2))
+    accumulate(numbered(*separate, lines), scan)
+    found = [note for note in scan.notes if "centre" in note]
+    assert len(found) == (0 if calibrated else 1)
+    if found:
+        assert (
+            f"the k-space centre of slice 1 was not sampled, the nearest sample lies {hole:.3g} " in found[0]
+        )
+
+
 @pytest.mark.parametrize(
     "flag",
     [NOISE, ismrmrd.ACQ_IS_DUMMYSCAN_DATA, ismrmrd.ACQ_IS_PHASECORR_DATA, ismrmrd.ACQ_IS_NAVIGATION_DATA],
