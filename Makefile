@@ -7,7 +7,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint types clean
+.PHONY: install demo test lint types image clean
 
 # Threads that wait without spinning: on a busy machine the others go ten times as fast.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -31,6 +31,10 @@ types: $(STAMP)
 	mkdir -p build/types
 	ln -sfn "$(CURDIR)" build/types/quantitron
 	cd build && MYPYPATH=types ../$(BIN)/mypy --config-file ../pyproject.toml -p quantitron.recon -p quantitron.gadgets
+
+# Lint docker/, build the images with whatever engine there is, and try them; docker/image.sh says what can be set.
+image:
+	sh docker/image.sh
 
 clean:
 	rm -rf $(VENV) build demo quantitron.egg-info
