@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from quantitron.gadgets.network_weights import (
     write_network,
 )
 from quantitron.gadgets.reconstruct import Reconstruct
-from quantitron.host import doctor
+from quantitron.host import command, doctor
 from quantitron.recon.data import Basis, Encoding, Maps, Problem, Protocol, ReducedKSpace
 from quantitron.recon.networks.conditional_unet import ConditionalUNet, UNetShape
 from quantitron.recon.networks.trained_network import (
@@ -302,24 +301,27 @@ def test_what_is_no_safetensors_file(content, sentence, tmp_path):
 
 
 class _Trap:
-    """Runs when it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __reduce__(self):
-        return Path.touch, (self.path,)
+        return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("name", ["x.pt", "x.pth", "x.safetensors", "x.pkl"])
-@pytest.mark.parametrize("legacy", [False, True])
-def test_nothing_is_unpickled(name, legacy, tmp_path):
+@pytest.mark.parametrize("name", ["x.pt", "x.pth", "x.safetensors"])
+@pytest.mark.parametrize("form", ["zip", "legacy", "protocol 4", "protocol 0"])
+def test_nothing_is_unpickled(name, form, tmp_path):
     path, sprung = tmp_path / name, tmp_path / "sprung"
-    if name == "x.pkl":
-        path.write_bytes(pickle.dumps(_Trap(sprung), protocol=2 if legacy else 4))
+    if form.startswith("protocol"):
+        start = b"\x80\x04" if form == "protocol 4" else b""
+        path.write_bytes(start + b"cos\nmkdir\n(V" + os.fsencode(sprung) + b"\ntR.")
     else:
-        torch.save({"w": torch.ones(3), "t": _Trap(sprung)}, path, _use_new_zipfile_serialization=not legacy)
-    _refused(path, "which may hold a program; weights are safetensors files")
+        trapped = {"weight": torch.ones(3), "trap": _Trap(sprung)}
+        torch.save(trapped, path, _use_new_zipfile_serialization=form == "zip")
+    words = "which may hold a program; weights are safetensors files"
+    _refused(path, words if form != "protocol 0" else "is not a safetensors file")
     assert not sprung.exists()
 
 
@@ -506,6 +508,12 @@ def test_without_a_name_the_package_is_asked(file, monkeypatch):
     )
     file.rename(file.with_name("contrast_denoiser.safetensors"))
     assert requested_network(NetworkRequest("contrast_denoiser")).description == DESCRIPTION
+
+
+def test_the_commands_that_train_exist():
+    known = {f"quantitron {registered.name}" for registered in command.app.registered_commands}
+    assert set(TRAINED_BY) == set(KINDS)
+    assert set(TRAINED_BY.values()) <= known
 
 
 def test_doctor_looks_for_the_networks(file, monkeypatch):
