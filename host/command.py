@@ -397,7 +397,7 @@ def train_denoiser(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps in all.  [default: 20000, or as many as fit --minutes]")
     ] = None,
-    minutes: Annotated[float | None, typer.Option(min=0.0, help="Minutes in all.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Minutes in all.")] = None,
     channels: Annotated[str, typer.Option(help="Features of each resolution level.")] = "32,64,96",
     blocks: Annotated[int, typer.Option(min=1, help="Residual blocks of a level.")] = 2,
     attention: Annotated[
@@ -475,6 +475,195 @@ def train_denoiser(
         resume=resume,
         overwrite=overwrite,
         shown=logger.isEnabledFor(logging.INFO),
+    )
+    if as_json:
+        print(json.dumps({"output": str(output), **card}))
+        return
+    gain = card["validation"]["score"]
+    print(
+        f"{output}: {card['weights']} weights, {card['steps']} steps, {card['minutes']} min, {gain:+.2f} dB"
+    )
+
+
+Phantoms = Annotated[list[str], typer.Argument(metavar="PHANTOM...", help="mni, or a FILE.npz; several.")]
+Weights = Annotated[Path, typer.Option("-o", "--output", help="Weights to write (.safetensors).")]
+Schedule = Annotated[str, typer.Option(help="jiang, tgas or a FILE.csv: the network is for it alone.")]
+SchedulePoints = Annotated[int | None, typer.Option(min=1, help="Time points.  [default: the schedule's]")]
+ScheduleSeed = Annotated[int, typer.Option(help="Of jiang: what simulate had as --seed.")]
+SliceMatrix = Annotated[str, typer.Option(help="x,y voxels of a slice.")]
+SliceFov = Annotated[str, typer.Option(help="x,y and thickness in mm.")]
+Slices = Annotated[int, typer.Option(min=1, help="Slices of each phantom.")]
+Extent = Annotated[float, typer.Option(min=0.0, help="mm along z over which they are spread.")]
+Components = Annotated[int, typer.Option(min=1, help="Coefficient images.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="In all.  [default: 10000, or as fit --minutes]")]
+Minutes = Annotated[float | None, typer.Option(min=0.0, help="Minutes in all.")]
+Channels = Annotated[str, typer.Option(help="Features of each resolution level.")]
+Patch = Annotated[str, typer.Option(help="y,x voxels of a patch.")]
+BatchSize = Annotated[int, typer.Option("--batch", min=1, help="Patches of a step.")]
+Rate = Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")]
+HeldOut = Annotated[float, typer.Option(help="Share of the slices that validates.")]
+ValidateEvery = Annotated[int, typer.Option(min=1, help="Steps between validations.")]
+Resume = Annotated[
+    Path | None, typer.Option(metavar="CHECKPOINT", help="Folder of the checkpoint to go on from.")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: all]")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+Note = Annotated[str, typer.Option(help="For the card, such as the licence of the data.")]
+Coils = Annotated[int, typer.Option(min=1, help="Receive channels.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+
+
+@app.command(name="train-arnet")
+def train_arnet(
+    phantoms: Phantoms,
+    output: Weights,
+    schedule: Schedule = "jiang",
+    points: SchedulePoints = None,
+    schedule_seed: ScheduleSeed = 0,
+    interleaves: Annotated[int, typer.Option(min=1, help="Spirals that fill k-space.")] = 48,
+    acquired: Annotated[
+        str | None, typer.Option(help="How many are played, several with commas between.  [default: all]")
+    ] = None,
+    order: Annotated[str, typer.Option(help="sequential or shuffled interleaves")] = "shuffled",
+    calibration: Annotated[
+        bool, typer.Option("--calibration", help="All spirals at low resolution beforehand, for coil maps.")
+    ] = False,
+    matrix: SliceMatrix = "192,192",
+    fov: SliceFov = "220,220,5",
+    coils: Coils = 8,
+    snr: Annotated[float, typer.Option(min=0.0, help="As of simulate; 0 is noise-free.")] = 10.0,
+    slices: Slices = 8,
+    extent: Extent = 24.0,
+    components: Components = 5,
+    steps: Steps = None,
+    minutes: Minutes = None,
+    channels: Channels = "32,64,96",
+    patch: Patch = "96,96",
+    batch: BatchSize = 12,
+    rate: Rate = 1e-3,
+    held_out: HeldOut = 0.1,
+    validate_every: ValidateEvery = 500,
+    seed: Seed = 0,
+    resume: Resume = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    note: Note = "",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Train the network of arnet: simulates pairs of undersampled and perfect images of one protocol."""
+    played = _numbers(acquired, int, None, "--acquired") or (None,)
+    _train_series(
+        "artifact_removal",
+        phantoms,
+        output,
+        {
+            "schedule": schedule,
+            "points": points,
+            "schedule_seed": schedule_seed,
+            "interleaves": interleaves,
+            "order": order,
+            "calibration": calibration,
+            "matrix": _numbers(matrix, int, 2, "--matrix"),
+            "fov": _numbers(fov, float, 3, "--fov"),
+            "coils": coils,
+            "snr": snr,
+        },
+        played,
+        {"slices": slices, "extent": extent, "components": components, "seed": seed},
+        {"size": _numbers(patch, int, 2, "--patch"), "batch": batch},
+        {"steps": steps, "minutes": minutes, "rate": rate, "validate_every": validate_every, "seed": seed},
+        {"channels": _numbers(channels, int, None, "--channels"), "held_out": held_out, "note": note},
+        {"device": device, "threads": threads, "resume": resume, "overwrite": overwrite},
+        as_json,
+    )
+
+
+@app.command(name="train-series-denoiser")
+def train_series_denoiser(
+    phantoms: Phantoms,
+    output: Weights,
+    schedule: Schedule = "jiang",
+    points: SchedulePoints = None,
+    schedule_seed: ScheduleSeed = 0,
+    matrix: SliceMatrix = "192,192",
+    fov: SliceFov = "220,220,5",
+    coils: Coils = 8,
+    slices: Slices = 24,
+    extent: Extent = 24.0,
+    components: Components = 5,
+    levels: Annotated[
+        str, typer.Option(help="Lowest and highest noise level (1 is the intensity), and how many.")
+    ] = "0.002,0.1,12",
+    steps: Steps = None,
+    minutes: Minutes = None,
+    channels: Channels = "32,64,96",
+    patch: Patch = "96,96",
+    batch: BatchSize = 12,
+    rate: Rate = 1e-3,
+    held_out: HeldOut = 0.1,
+    validate_every: ValidateEvery = 500,
+    seed: Seed = 0,
+    resume: Resume = None,
+    threads: Threads = None,
+    device: Device = "auto",
+    note: Note = "",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Train the network of mrf_pnp: what the coefficient images of one protocol look like without noise."""
+    low, high, count = _numbers(levels, float, 3, "--levels") or ()
+    _train_series(
+        "series_denoiser",
+        phantoms,
+        output,
+        {
+            "schedule": schedule,
+            "points": points,
+            "schedule_seed": schedule_seed,
+            "matrix": _numbers(matrix, int, 2, "--matrix"),
+            "fov": _numbers(fov, float, 3, "--fov"),
+            "coils": coils,
+        },
+        (None,),
+        {"slices": slices, "extent": extent, "components": components, "seed": seed},
+        {"size": _numbers(patch, int, 2, "--patch"), "batch": batch},
+        {"steps": steps, "minutes": minutes, "rate": rate, "validate_every": validate_every, "seed": seed},
+        {
+            "channels": _numbers(channels, int, None, "--channels"),
+            "held_out": held_out,
+            "levels": (low, high, int(count)),
+            "note": note,
+        },
+        {"device": device, "threads": threads, "resume": resume, "overwrite": overwrite},
+        as_json,
+    )
+
+
+def _train_series(
+    kind: str,
+    phantoms: list[str],
+    output: Path,
+    scan: dict[str, Any],
+    acquired: tuple[Any, ...],
+    slices: dict[str, Any],
+    patches: dict[str, Any],
+    loop: dict[str, Any],
+    options: dict[str, Any],
+    run: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """What both commands have in common."""
+    from quantitron.host.train_series import run_series_training
+
+    steps, minutes = loop.pop("steps"), loop.pop("minutes")
+    loop |= {
+        "steps": steps if steps is not None else (0 if minutes else 10000),
+        "minutes": minutes or 0.0,
+    }
+    shown = logger.isEnabledFor(logging.INFO)
+    card = run_series_training(
+        kind, phantoms, output, scan, acquired, slices, patches, loop, options, shown=shown, **run
     )
     if as_json:
         print(json.dumps({"output": str(output), **card}))

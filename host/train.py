@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from quantitron.gadgets.errors import ScanError
 from quantitron.recon.networks.conditional_unet import UNetShape
+from quantitron.reports.loss_figure import draw_losses
 from quantitron.training.augmentation import Augmentation
 from quantitron.training.denoiser_training import DenoiserTraining
 from quantitron.training.denoiser_training import train_denoiser as train
@@ -77,7 +78,9 @@ def run_training(
     console = Console(stderr=True)
     line = TrainingLine(console, shown)
     with line.progress:
-        return train(data, output, training, device, resume, overwrite, line)
+        card = train(data, output, training, device, resume, overwrite, line)
+    draw_losses(output.with_suffix(".loss.csv"), output.with_suffix(".loss.png"))
+    return card
 
 
 class TrainingLine:
@@ -115,7 +118,10 @@ class TrainingLine:
             logger.info("%s", text)
         if standing.validation is not None:
             for sentence in validation_lines(standing.validation):
-                logger.info("%s", sentence)
+                if self.watched and not self.progress.disable:
+                    self.progress.console.print(sentence, highlight=False)  # above the line that moves
+                else:
+                    logger.info("%s", sentence)
 
 
 def validation_lines(validation: Mapping[str, Any]) -> list[str]:

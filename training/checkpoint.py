@@ -35,6 +35,13 @@ class TrainingState:
     validations: list[dict[str, Any]] = field(default_factory=list)
     """What the validation said, with its step."""
 
+    @property
+    def last_loss(self) -> float:
+        """Mean over the last point of the curve, or over what there is."""
+        if self.losses:
+            return self.losses[-1][1]
+        return self.window[0] / self.window[1] if self.window[1] else 0.0
+
 
 def save_checkpoint(
     folder: Path, state: TrainingState, tensors: Mapping[str, Tensor], identity: Mapping[str, object]

@@ -310,7 +310,7 @@ def _card(
         "weights": sum(weight.numel() for weight in trained.network.parameters()),
         "steps": trained.state.step,
         "minutes": round(trained.state.seconds / 60, 1),
-        "loss": trained.state.losses[-1][1] if trained.state.losses else None,
+        "loss": round(trained.state.last_loss, 5),
         "validation": dict(final),
         "device": device.type,
         "versions": {"quantitron": own, "torch": str(torch.__version__)},
@@ -331,8 +331,12 @@ def _write_losses(path: Path, trained: Trained) -> None:
         with path.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
             writer.writerow(["step", "loss", "rate", "seconds", "validation_gain_db"])
-            scores = {entry["step"]: entry["score"] for entry in trained.state.validations}
-            for step, loss, rate, seconds in trained.state.losses:
-                writer.writerow([int(step), f"{loss:.6g}", f"{rate:.4g}", seconds, scores.get(step, "")])
+            scores = {int(entry["step"]): entry["score"] for entry in trained.state.validations}
+            points = {
+                int(step): (f"{loss:.6g}", f"{rate:.4g}", seconds)
+                for step, loss, rate, seconds in trained.state.losses
+            }
+            for step in sorted(scores.keys() | points.keys()):
+                writer.writerow([step, *points.get(step, ("", "", "")), scores.get(step, "")])
     except OSError as error:
         raise ScanError(f"{path} cannot be written: {error.strerror}") from error

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from quantitron.gadgets.errors import ScanError
-from quantitron.recon.networks.conditional_unet import ConditionalUNet
+from quantitron.recon.networks.conditional_unet import ConditionalUNet, UNetShape
 from quantitron.recon.networks.precision import autocast
 from quantitron.training.batch import Batch, Sampler, step_generator
 from quantitron.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
@@ -183,9 +183,11 @@ def train_network(
             for group in optimiser.param_groups:
                 group["lr"] = rate
             optimiser.zero_grad(set_to_none=True)
-            with autocast(device, settings.precision):
+            with autocast(
+                device, safe_precision(network.shape, batch.input.shape[2], device, settings.precision)
+            ):
                 value = loss(network, batch)
-            value.backward()
+            value.backward()  # type: ignore[no-untyped-call]
             length = torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
             found = float(value.detach())
             if not (math.isfinite(found) and math.isfinite(float(length))):
@@ -223,6 +225,22 @@ def train_network(
         _validated(validate, average, state, settings, device, last=True)
         save()
     return Trained(average, state)
+
+
+def safe_precision(shape: UNetShape, depth: int, device: torch.device, wanted: str) -> str:
+    """The precision to compute gradients in: float32 on a CPU where a level of the network has two slices.
+
+    The gradient of the weights of a 3 x 3 x 3 convolution of two bfloat16 slices is computed from memory that
+    nobody wrote to (oneDNN in torch 2.13: any number, or none); one slice, three and more are right.
+
+    Args:
+        shape: of the network.
+        depth: slices of the volumes that go in.
+        device: computed on.
+        wanted: one of ``recon.networks.precision.PRECISIONS``.
+    """
+    depths = {-(-depth // (1 << level)) for level in range(len(shape.channels))}
+    return "float32" if device.type == "cpu" and 2 in depths else wanted
 
 
 def _validated(
@@ -287,7 +305,7 @@ def _batches(sampler: Sampler, seed: int, step: int, ahead: int) -> Iterator[Bat
 def _tensors(
     network: ConditionalUNet, average: ConditionalUNet, optimiser: torch.optim.Adam
 ) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for (name, weight), slow in zip(network.named_parameters(), average.parameters(), strict=True):
         tensors[f"network.{name}"] = weight
         tensors[f"average.{name}"] = slow

@@ -160,6 +160,8 @@ def hold_out(
         everything = set(collection.modalities)
         if {v.modality for v in learned} == everything == {v.modality for v in held}:
             return learned, held, "subjects"
+    # the same place in all images of a subject: they show the same anatomy
+    places = dict(zip(subjects, torch.rand(len(subjects), generator=generator).tolist(), strict=True))
     parts: list[Volume] = []
     held_parts: list[Volume] = []
     for volume in collection.volumes:
@@ -172,7 +174,7 @@ def hold_out(
             )
         # around the middle, where the brain is
         low, high = slices // 4, max(slices // 4, 3 * slices // 4 - count)
-        first = low + int(torch.randint(high - low + 1, (), generator=generator))
+        first = low + int(places[volume.subject] * (high - low + 1))
         held_parts.append(replace(volume, values=volume.values[first : first + count]))
         for begin, end in ((0, first - _GAP), (first + count + _GAP, slices)):
             if end > begin:

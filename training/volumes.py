@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import logging
+import math
 import re
 import zlib
 from collections import Counter
@@ -17,6 +18,8 @@ import nibabel
 import numpy as np
 import torch
 from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import OrientationError
+from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
@@ -29,12 +32,25 @@ logger = logging.getLogger("quantitron")
 MODALITIES = {"t1w": "T1w", "t2w": "T2w", "pdw": "PDw", "t1": "T1w", "t2": "T2w", "pd": "PDw"}
 """Last part of a file's name, in small letters -> modality. BIDS has the long names, others the short."""
 _ENDINGS = (".nii.gz", ".nii")
+_UNREADABLE = (
+    ImageFileError,
+    HeaderDataError,
+    OrientationError,
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    zlib.error,
+)
+"""What nibabel raises at files that are not what they seem."""
 _MARGIN = 8
 """Voxels of air that are kept around the head."""
 _AIR = 0.02
 """Share of the normalised intensity below which a plane holds nothing."""
 _LEAST = 16
 """Voxels in plane below which a volume is no image of a head."""
+_MOST = 1 << 30
+"""Voxels of a volume."""
 _THICK = 1.5
 """How much coarser than the others an axis must be to be taken for the slice axis."""
 
@@ -104,7 +120,11 @@ def read_volumes(source: Path, voxel_size: float | None = None) -> VolumeCollect
         raise ScanError(f"{source} does not exist")
     skipped = 0
     if source.is_dir():
-        files = sorted(file for file in source.rglob("*") if file.name.endswith(_ENDINGS) and file.is_file())
+        files = sorted(
+            file
+            for file in source.rglob("*")
+            if file.name.endswith(_ENDINGS) and file.is_file() and not file.name.startswith(".")
+        )
         if not files:
             raise ScanError(f"{source} holds no NIfTI files (.nii, .nii.gz)")
         rows = [(file, modality_of(file), 1.0, "") for file in files]
@@ -216,12 +236,20 @@ def _load(file: Path) -> tuple[NDArray[np.float32], list[float]]:
             raise ScanError(f"{file} is {size}: not one volume of three dimensions")
         if 0 in image.shape:
             raise ScanError(f"{file} is empty: it has no voxels")
-        canonical = nibabel.as_closest_canonical(image)
+        if image.get_data_dtype().kind not in "fiu":
+            raise ScanError(f"{file} holds {image.get_data_dtype()} values, not real numbers")
+        if math.prod(image.shape) > _MOST:
+            raise ScanError(
+                f"{file} says that it has {math.prod(image.shape):.2g} voxels: too many to be read"
+            )
+        canonical = nibabel.as_closest_canonical(image)  # type: ignore[no-untyped-call]
         values = np.asarray(canonical.dataobj, dtype=np.float32)
         voxel = [float(size) for size in canonical.header.get_zooms()[:3]]
     except FileNotFoundError as error:
         raise ScanError(f"{file} does not exist") from error
-    except (ImageFileError, OSError, EOFError, ValueError, TypeError, zlib.error) as error:
+    except MemoryError as error:
+        raise ScanError(f"{file} is too large for this machine's memory") from error
+    except _UNREADABLE as error:
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ScanError(f"{file} cannot be read as NIfTI: {text}") from error
     if not all(np.isfinite(size) and size > 0 for size in voxel):
