@@ -9,6 +9,8 @@ phase and complex noise that is ``--noise`` of the length of the signal. The sea
     blas        the same in numpy, real and imaginary part by themselves
     exact       best_atom: every atom, by blocks that stay in the cache
     groups      fast group matching with safe bounds; the sorting into groups is timed by itself
+    joint       every atom with its three spin-echo images, and voxels with noisy ones that count as much
+    joint_groups  the same in groups
     grid        a coarser grid first, then all atoms of the cells about the best: what was tried and not kept
     refinement  off the grid, from the atoms of the search
 """
@@ -28,9 +30,11 @@ from quantitron.recon.atom_groups import AtomGroups
 from quantitron.recon.data import FingerprintDictionary, Protocol
 from quantitron.recon.fingerprint_match import dictionary_table
 from quantitron.recon.fingerprint_refine import FingerprintRefinement
+from quantitron.recon.joint_match import JointMatcher
 from quantitron.recon.match import best_atom
 from quantitron.recon.signal.fingerprint_dictionary import fingerprint_dictionary
 from quantitron.recon.signal.fisp_mrf import contrast_signal
+from quantitron.recon.signal.spin_echo import SpinEchoProtocol, spin_echo_dictionary, spin_echo_signal
 
 MEMORY = 64_000_000
 """Bytes of correlations held at once, by all."""
@@ -62,6 +66,17 @@ def tissue(
     complex_noise = torch.randn(clean.shape, generator=generator, dtype=torch.complex64)
     v = clean * torch.exp(2j * math.pi * draw[2])[:, None]
     return v + noise / math.sqrt(clean.shape[1]) * complex_noise, t1, t2
+
+
+def weighted(
+    v: torch.Tensor, t1: torch.Tensor, t2: torch.Tensor, groups: AtomGroups, noise: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy spin-echo images (v, m) of the tissue, and weights (m,) at which all count as the signal does."""
+    size = groups.best_of_near_groups(v, MEMORY)[1].abs()[:, None]
+    images = size * spin_echo_signal(t1, t2, SpinEchoProtocol())
+    weights = v.abs().square().sum(1).mean() / (images.shape[1] * images.square().mean(0))
+    generator = torch.Generator().manual_seed(1)
+    return images * (1 + noise * torch.randn(images.shape, generator=generator)), weights
 
 
 def one_liner(v: torch.Tensor, atoms: torch.Tensor) -> torch.Tensor:
@@ -124,6 +139,9 @@ def compare(
     plausible = dictionary.plausible.flatten().nonzero()[:, 0]
     atoms = table.flatten(0, 2)[plausible].contiguous()
     groups = AtomGroups.similar(atoms, arguments.groups)
+    images = spin_echo_dictionary(dictionary.t1, dictionary.t2, SpinEchoProtocol()).flatten(0, 1)[plausible]
+    contrasts, weights = weighted(v, t1, t2, groups, arguments.noise)
+    joint, joint_groups = (JointMatcher(atoms, images, number) for number in (0, arguments.groups))
     grid = CoarseGrid(dictionary, table, 8)
     columns = len(dictionary.t2)
 
@@ -138,6 +156,8 @@ def compare(
         "exact": lambda: best_atom(v, atoms, MEMORY)[0],
         "sorting": lambda: AtomGroups.similar(atoms, arguments.groups),
         "groups": lambda: groups.best_of_near_groups(v, MEMORY)[0],
+        "joint": lambda: joint(v, contrasts, weights, working_set=MEMORY).atom,
+        "joint_groups": lambda: joint_groups(v, contrasts, weights, working_set=MEMORY).atom,
         "grid": lambda: grid(v),
         "refinement": lambda: refine(found["groups"]),
     }
@@ -161,7 +181,8 @@ def compare(
         "same_atom": {
             name: float((found[name] == found["exact"]).double().mean())
             for name in ("one_liner", "blas", "groups", "grid")
-        },
+        }
+        | {"joint_groups": float((found["joint_groups"] == found["joint"]).double().mean())},
         "fewer_correlations": len(v) * len(atoms) / work,
         "median_error_percent": {
             "t1": 100 * float((refined.t1 / t1 - 1).abs().median()),
@@ -195,7 +216,7 @@ def main() -> None:
             same = result["same_atom"].get(name)
             agreement = "" if same is None else f"   same atom {100 * same:.2f} %"
             print(
-                f"  {name:11s}{value:9.2f} s, processor {result['processor_seconds'][name]:8.2f} s{agreement}"
+                f"  {name:13s}{value:9.2f} s, processor {result['processor_seconds'][name]:8.2f} s{agreement}"
             )
         print(f"  groups compute {result['fewer_correlations']:.0f} times fewer correlations", flush=True)
     if arguments.json:

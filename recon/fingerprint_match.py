@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantitron.recon.data import Basis, FingerprintDictionary
 from quantitron.recon.field_table import FieldTable
-from quantitron.recon.joint_match import WORKING_SET, JointMatcher
+from quantitron.recon.joint_match import JointMatcher
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def match_fingerprints(
     table: Tensor,
     b1: Tensor | None = None,
     groups: int = 0,
-    working_set: int = WORKING_SET,
+    working_set: int | None = None,
 ) -> FingerprintMatch:
     """Match every voxel, once; ``JointMatcher`` keeps what the next call needs again.
 
@@ -108,7 +108,8 @@ def match_fingerprints(
         b1: (v,) actual over nominal flip angle; values off the grid are taken at its end. None: 1.
         groups: groups of similar atoms, of which those alone are searched that can hold the best (Cauley
             2015); 0 compares with every atom. The outcome is the same but for ties within rounding.
-        working_set: bytes for the correlations held at once; bounds memory, changes no result.
+        working_set: bytes for the correlations held at once; bounds memory, changes no result. None: what
+            suits the device.
 
     Raises:
         ValueError: if B1 is given and the dictionary holds one value of it only.

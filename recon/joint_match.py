@@ -25,8 +25,8 @@ from torch import Tensor
 from quantitron.recon.atom_groups import AtomGroups, similar_atoms
 from quantitron.recon.field_table import FieldTable
 
-WORKING_SET = 64_000_000
-"""Bytes for the correlations held at once."""
+WORKING_SET = {"cpu": 64_000_000, "cuda": 1_000_000_000}
+"""Bytes for the correlations held at once where nothing else is said. A GPU wants few steps, large ones."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,10 @@ class JointMatch:
 
 
 class JointMatcher:
-    """Atoms and what searching them takes, kept from one call to the next."""
+    """Atoms and what searching them takes, kept from one call to the next.
+
+    Beside the table that is some 8 (l + m) bytes an atom, for every step of the field that voxels have.
+    """
 
     def __init__(self, table: Tensor | FieldTable, contrasts: Tensor | None = None, groups: int = 0) -> None:
         """Keep the atoms.
@@ -72,7 +75,7 @@ class JointMatcher:
         contrasts: Tensor | None = None,
         weights: Tensor | None = None,
         field: Tensor | None = None,
-        working_set: int = WORKING_SET,
+        working_set: int | None = None,
     ) -> JointMatch:
         """Match every voxel.
 
@@ -81,7 +84,8 @@ class JointMatcher:
             contrasts: q (v, m) real, of either sign; None: the signals alone count.
             weights: w (m,), not negative; zeros: the signals alone count.
             field: (v,) of each voxel, where the atoms depend on one.
-            working_set: bytes for the correlations held at once; bounds memory, changes no result.
+            working_set: bytes for the correlations held at once; bounds memory, changes no result. None: what
+                suits the device.
 
         Raises:
             ValueError: if contrasts are given without weights or the reverse, their number is not the
@@ -89,6 +93,8 @@ class JointMatcher:
         """
         self._table.check(field)
         root = self._root_weights(contrasts, weights)
+        if working_set is None:
+            working_set = WORKING_SET.get(signals.device.type, WORKING_SET["cpu"])
         weighted = None if root is None or contrasts is None else contrasts * root.to(contrasts)
         atom = torch.zeros(len(signals), dtype=torch.int64, device=signals.device)
         pd = torch.zeros_like(signals[:, 0])
