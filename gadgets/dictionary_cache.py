@@ -5,6 +5,10 @@ A file's name is the hash of everything that its dictionary depends on, the simu
 out before anything in it is looked at, and replaced. Files come into being under another name and are renamed
 when they are complete, so that any number of processes may read and write the same one. Whatever is wrong
 with the disk, the dictionary is simulated and the scan goes on.
+
+Together they take no more than a limit: beyond it, those that were not used for the longest time go. Nobody
+who is reading one is disturbed: its name goes, its content stays until it is closed; and what was used within
+the last minute is left alone, for file systems that several machines share.
 """
 
 from __future__ import annotations
@@ -15,10 +19,12 @@ import json
 import logging
 import math
 import os
+import re
 import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -39,12 +45,18 @@ logger = logging.getLogger("quantitron")
 
 FOLDER_VARIABLE = "QUANTITRON_CACHE"
 """Environment variable that names the folder."""
+SIZE_VARIABLE = "QUANTITRON_CACHE_SIZE"
+"""Environment variable that holds the limit [GB]."""
+DEFAULT_SIZE = 4.0
+"""Limit [GB] where none is set; a usual dictionary takes some 15 MB for each B1."""
 
 _LAYOUT = 1
 """Raised whenever the arrays of a file change their meaning."""
 _NAMES = tuple(entry.name for entry in fields(FingerprintDictionary))
 _ABANDONED_AFTER = 3600.0
 """Age [s] of an unfinished file from which on nobody is writing it any more."""
+_IN_USE_FOR = 60.0
+"""Age [s] of its last use up to which a file is not removed."""
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -146,6 +158,8 @@ def _read(path: Path, shape: tuple[int, int, int, int]) -> FingerprintDictionary
         shape: (b, i, j, w) that is asked for.
     """
     try:
+        with suppress(PermissionError):  # another user's: it counts as used when it was written
+            os.utime(path)
         content = path.read_bytes()
     except FileNotFoundError:
         return None
@@ -213,14 +227,47 @@ def _write(path: Path, dictionary: FingerprintDictionary) -> None:
         return
     for part in path.parent.glob("*.part"):  # of processes that were killed
         _remove(part, _ABANDONED_AFTER)
+    _shrink(path.parent)
 
 
-def _remove(unfinished: Path, age: float = -math.inf) -> None:
-    """Delete an unfinished file if it is older than ``age`` [s]."""
+def cache_size() -> float:
+    """Bytes that all dictionaries may take together: ``QUANTITRON_CACHE_SIZE`` in GB, else 4 GB."""
+    given = os.environ.get(SIZE_VARIABLE, "")
     try:
-        if time.time() - unfinished.stat().st_mtime > age:
-            unfinished.unlink()
+        size = float(given) if given else DEFAULT_SIZE
+    except ValueError:
+        size = math.nan
+    if not size >= 0:
+        logger.warning("%s is '%s', no number of GB; %g is taken", SIZE_VARIABLE, given, DEFAULT_SIZE)
+        size = DEFAULT_SIZE
+    return size * 1e9
+
+
+def _shrink(folder: Path) -> None:
+    """Remove the dictionaries that were not used for the longest time, down to the limit."""
+    kept: list[tuple[float, int, Path]] = []  # last use, bytes
+    for file in folder.glob("*.npz"):
+        if re.fullmatch("[0-9a-f]{64}", file.stem):  # nothing of somebody else's
+            with suppress(OSError):  # another process was quicker
+                state = file.stat()
+                kept.append((state.st_mtime, state.st_size, file))
+    total, limit = sum(size for _, size, _ in kept), cache_size()
+    for used, size, file in sorted(kept):
+        if total <= limit or time.time() - used <= _IN_USE_FOR:
+            return
+        if _remove(file, _IN_USE_FOR):
+            logger.info("a dictionary that was last used %.0f h ago was removed", (time.time() - used) / 3600)
+        total -= size
+
+
+def _remove(file: Path, age: float = -math.inf) -> bool:
+    """Delete a file if it is older than ``age`` [s]; whether it is gone by that."""
+    try:
+        if time.time() - file.stat().st_mtime > age:
+            file.unlink()
+            return True
     except FileNotFoundError:
-        logger.debug("%s was already removed", unfinished.name)
+        logger.debug("%s was already removed", file.name)
     except OSError as error:
-        logger.warning("%s is left over (%s)", unfinished.name, error)
+        logger.warning("%s is left over (%s)", file.name, error)
+    return False

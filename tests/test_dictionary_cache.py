@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -209,6 +210,56 @@ def test_files_of_killed_writers_are_removed_and_those_of_others_left(tmp_path):
     _cached(tmp_path)
     assert sorted(file.suffix for file in tmp_path.iterdir()) == [".npz", ".part"]
     assert new.exists()
+
+
+def _kept(folder, number, age, size=1000):
+    """A file like a dictionary's, last used ``age`` seconds ago."""
+    file = folder / f"{number:064x}.npz"
+    file.write_bytes(bytes(size))
+    os.utime(file, (time.time() - age,) * 2)
+    return file
+
+
+def test_the_cache_keeps_what_was_used_last(tmp_path, caplog, monkeypatch):
+    """Beyond the limit the others go, but nothing that is in use or not a dictionary of ours."""
+    first = _cached(tmp_path)
+    whole = _only_file(tmp_path).stat().st_size
+    _cached(tmp_path.with_name("elsewhere"), b1=(1.1,))
+    second = _only_file(tmp_path.with_name("elsewhere")).stat().st_size
+    monkeypatch.setenv("QUANTITRON_CACHE_SIZE", repr((whole + second + 2500) / 1e9))
+    os.utime(_only_file(tmp_path), (time.time() - 7200,) * 2)
+    _assert_same(_cached(tmp_path), first)  # used again: now the newest
+    old, older, recent = (_kept(tmp_path, n, age) for n, age in ((1, 300), (2, 400), (3, 100)))
+    others = [tmp_path / "scan.npz", tmp_path / "notes.txt"]
+    for other in others:
+        other.write_bytes(bytes(10 * whole))
+        os.utime(other, (1e9, 1e9))
+    with older.open("rb") as opened:
+        _cached(tmp_path, b1=(1.1,))
+        assert not older.exists()
+        assert len(opened.read()) == 1000  # whoever was reading goes on
+    assert all(other.exists() for other in (old, recent, *others))
+    assert "was removed" in caplog.text
+    monkeypatch.setattr(module.fingerprint_dictionary, "fingerprint_dictionary", _never)
+    _assert_same(_cached(tmp_path), first)
+
+
+def test_what_was_used_just_now_stays_whatever_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUANTITRON_CACHE_SIZE", "0")
+    new, old = _kept(tmp_path, 1, 10), _kept(tmp_path, 2, 1000)
+    _cached(tmp_path)
+    assert new.exists()
+    assert not old.exists()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("given", ["plenty", "-1", "nan"])
+def test_a_size_that_is_none_is_said(monkeypatch, caplog, given):
+    monkeypatch.setenv("QUANTITRON_CACHE_SIZE", given)
+    assert module.cache_size() == 4e9
+    assert f"QUANTITRON_CACHE_SIZE is '{given}', no number of GB" in caplog.text
+    monkeypatch.setenv("QUANTITRON_CACHE_SIZE", "0.5")
+    assert module.cache_size() == 5e8
 
 
 def test_a_file_that_cannot_be_read_is_no_failure(tmp_path, caplog):
