@@ -17,6 +17,8 @@ from typing import Annotated, Any
 import typer
 
 from quantitron.gadgets.errors import ScanError
+from quantitron.host.options import Json, Overwrite, numbers
+from quantitron.host.training_commands import add_training_commands
 
 app = typer.Typer(
     name="quantitron",
@@ -28,9 +30,6 @@ app = typer.Typer(
 )
 logger = logging.getLogger("quantitron")
 _state = {"debug": False}
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 
 
 def main() -> None:
@@ -85,24 +84,6 @@ def options(
         stream=sys.stderr, level=logging.WARNING, format="%(asctime)s [%(process)d] %(message)s"
     )
     logger.setLevel(level)
-
-
-def _numbers(
-    text: str | None, kind: type[int] | type[float], count: int | None, option: str
-) -> tuple[Any, ...] | None:
-    """Comma-separated numbers of an option."""
-    if text is None:
-        return None
-    try:
-        values = tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if not values or (count is not None and len(values) != count):
-        what = "whole numbers" if kind is int else "numbers"
-        raise typer.BadParameter(
-            f"{text!r} is not {count or 'a list of'} {what} with commas between", param_hint=option
-        )
-    return values
 
 
 @app.command()
@@ -188,11 +169,11 @@ def simulate(
     """Simulate a scan: a raw file with its ground truth."""
     import math
 
-    grid = _numbers(matrix, int, 3, "--matrix")
-    field_of_view = _numbers(fov, float, 3, "--fov")
-    echo_times = _numbers(te, float, None, "--te")
-    angles = _numbers(flip, float, None, "--flip")
-    preparations = _numbers(tau, float, None, "--tau")
+    grid = numbers(matrix, int, 3, "--matrix")
+    field_of_view = numbers(fov, float, 3, "--fov")
+    echo_times = numbers(te, float, None, "--te")
+    angles = numbers(flip, float, None, "--flip")
+    preparations = numbers(tau, float, None, "--tau")
     given: dict[str, Any] = {
         "matrix": grid,
         "fov": field_of_view,
@@ -385,295 +366,6 @@ def compare(
             raise ScanError(f"{json_file} cannot be written: {error.strerror}") from error
 
 
-@app.command(name="train-denoiser")
-def train_denoiser(
-    data: Annotated[
-        Path,
-        typer.Option(
-            help="Folder of NIfTI files with BIDS names, or a table (.csv): file, modality[, weight]."
-        ),
-    ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Weights to write (.safetensors).")],
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps in all.  [default: 20000, or as many as fit --minutes]")
-    ] = None,
-    minutes: Annotated[float | None, typer.Option(min=0.01, help="Minutes in all.")] = None,
-    channels: Annotated[str, typer.Option(help="Features of each resolution level.")] = "32,64,96",
-    blocks: Annotated[int, typer.Option(min=1, help="Residual blocks of a level.")] = 2,
-    attention: Annotated[
-        str, typer.Option(help="Levels with self-attention, 0 the finest; 'none' for none.")
-    ] = "2",
-    slices: Annotated[int, typer.Option(min=1, help="Single slices of a batch.")] = 12,
-    slice_size: Annotated[str, typer.Option(help="y,x voxels of single slices.")] = "96,96",
-    slabs: Annotated[int, typer.Option(min=1, help="Slabs of a batch.")] = 3,
-    slab_size: Annotated[str, typer.Option(help="z,y,x voxels of slabs.")] = "16,48,48",
-    slab_share: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of the steps that learn from slabs.")
-    ] = 0.3,
-    levels: Annotated[
-        str, typer.Option(help="Lowest and highest noise level (1 is the intensity), and how many.")
-    ] = "0.005,0.5,25",
-    rate: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 1e-3,
-    held_out: Annotated[float, typer.Option(help="Share of the data that validates.")] = 0.1,
-    voxel_size: Annotated[
-        float | None, typer.Option(help="Isotropic mm to bring volumes to.  [default: as they are]")
-    ] = None,
-    intensity: Annotated[str, typer.Option(help="Range of the random factor on intensities.")] = "0.5,1.5",
-    bias: Annotated[float, typer.Option(min=0.0, help="Strength of the random shading.")] = 0.3,
-    turned: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of the patches that are turned and zoomed.")
-    ] = 0.5,
-    validate_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 500,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    resume: Annotated[
-        Path | None, typer.Option(metavar="CHECKPOINT", help="Folder of the checkpoint to go on from.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: all]")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
-    note: Annotated[str, typer.Option(help="For the card, such as the licence of the data.")] = "",
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Train the network that removes noise from weighted images."""
-    from quantitron.host.train import run_training
-
-    plane = _numbers(slice_size, int, 2, "--slice-size")
-    slab = _numbers(slab_size, int, 3, "--slab-size")
-    low, high, count = _numbers(levels, float, 3, "--levels") or ()
-    factor = _numbers(intensity, float, 2, "--intensity")
-    features = _numbers(channels, int, None, "--channels")
-    attended = (
-        () if attention.strip().lower() in ("", "none") else _numbers(attention, int, None, "--attention")
-    )
-    card = run_training(
-        data,
-        output,
-        shape={"channels": features, "blocks": blocks, "attention": attended},
-        loop={
-            "steps": steps if steps is not None else (0 if minutes else 20000),
-            "minutes": minutes or 0.0,
-            "rate": rate,
-            "validate_every": validate_every,
-            "seed": seed,
-        },
-        plan={
-            "slice_size": (1, *(plane or ())),
-            "slices": slices,
-            "slab_size": slab,
-            "slabs": slabs,
-            "slab_share": slab_share,
-        },
-        augmentation={"intensity": factor, "bias": bias, "turned": turned},
-        options={
-            "levels": (low, high, int(count)),
-            "held_out": held_out,
-            "voxel_size": voxel_size,
-            "note": note,
-        },
-        device=device,
-        threads=threads,
-        resume=resume,
-        overwrite=overwrite,
-        shown=logger.isEnabledFor(logging.INFO),
-    )
-    if as_json:
-        print(json.dumps({"output": str(output), **card}))
-        return
-    gain = card["validation"]["score"]
-    print(
-        f"{output}: {card['weights']} weights, {card['steps']} steps, {card['minutes']} min, {gain:+.2f} dB"
-    )
-
-
-Phantoms = Annotated[list[str], typer.Argument(metavar="PHANTOM...", help="mni, or a FILE.npz; several.")]
-Weights = Annotated[Path, typer.Option("-o", "--output", help="Weights to write (.safetensors).")]
-Schedule = Annotated[str, typer.Option(help="jiang, tgas or a FILE.csv: the network is for it alone.")]
-SchedulePoints = Annotated[int | None, typer.Option(min=1, help="Time points.  [default: the schedule's]")]
-ScheduleSeed = Annotated[int, typer.Option(help="Of jiang: what simulate had as --seed.")]
-SliceMatrix = Annotated[str, typer.Option(help="x,y voxels of a slice.")]
-SliceFov = Annotated[str, typer.Option(help="x,y and thickness in mm.")]
-Slices = Annotated[int, typer.Option(min=1, help="Slices of each phantom.")]
-Extent = Annotated[float, typer.Option(min=0.0, help="mm along z over which they are spread.")]
-Components = Annotated[int, typer.Option(min=1, help="Coefficient images.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="In all.  [default: 10000, or as fit --minutes]")]
-Minutes = Annotated[float | None, typer.Option(min=0.0, help="Minutes in all.")]
-Channels = Annotated[str, typer.Option(help="Features of each resolution level.")]
-Patch = Annotated[str, typer.Option(help="y,x voxels of a patch.")]
-BatchSize = Annotated[int, typer.Option("--batch", min=1, help="Patches of a step.")]
-Rate = Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")]
-HeldOut = Annotated[float, typer.Option(help="Share of the slices that validates.")]
-ValidateEvery = Annotated[int, typer.Option(min=1, help="Steps between validations.")]
-Resume = Annotated[
-    Path | None, typer.Option(metavar="CHECKPOINT", help="Folder of the checkpoint to go on from.")
-]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: all]")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-Note = Annotated[str, typer.Option(help="For the card, such as the licence of the data.")]
-Coils = Annotated[int, typer.Option(min=1, help="Receive channels.")]
-Seed = Annotated[int, typer.Option(help="Of everything random.")]
-
-
-@app.command(name="train-arnet")
-def train_arnet(
-    phantoms: Phantoms,
-    output: Weights,
-    schedule: Schedule = "jiang",
-    points: SchedulePoints = None,
-    schedule_seed: ScheduleSeed = 0,
-    interleaves: Annotated[int, typer.Option(min=1, help="Spirals that fill k-space.")] = 48,
-    acquired: Annotated[
-        str | None, typer.Option(help="How many are played, several with commas between.  [default: all]")
-    ] = None,
-    order: Annotated[str, typer.Option(help="sequential or shuffled interleaves")] = "shuffled",
-    calibration: Annotated[
-        bool, typer.Option("--calibration", help="All spirals at low resolution beforehand, for coil maps.")
-    ] = False,
-    matrix: SliceMatrix = "192,192",
-    fov: SliceFov = "220,220,5",
-    coils: Coils = 8,
-    snr: Annotated[float, typer.Option(min=0.0, help="As of simulate; 0 is noise-free.")] = 10.0,
-    slices: Slices = 8,
-    extent: Extent = 24.0,
-    components: Components = 5,
-    steps: Steps = None,
-    minutes: Minutes = None,
-    channels: Channels = "32,64,96",
-    patch: Patch = "96,96",
-    batch: BatchSize = 12,
-    rate: Rate = 1e-3,
-    held_out: HeldOut = 0.1,
-    validate_every: ValidateEvery = 500,
-    seed: Seed = 0,
-    resume: Resume = None,
-    threads: Threads = None,
-    device: Device = "auto",
-    note: Note = "",
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Train the network of arnet: simulates pairs of undersampled and perfect images of one protocol."""
-    played = _numbers(acquired, int, None, "--acquired") or (None,)
-    _train_series(
-        "artifact_removal",
-        phantoms,
-        output,
-        {
-            "schedule": schedule,
-            "points": points,
-            "schedule_seed": schedule_seed,
-            "interleaves": interleaves,
-            "order": order,
-            "calibration": calibration,
-            "matrix": _numbers(matrix, int, 2, "--matrix"),
-            "fov": _numbers(fov, float, 3, "--fov"),
-            "coils": coils,
-            "snr": snr,
-        },
-        played,
-        {"slices": slices, "extent": extent, "components": components, "seed": seed},
-        {"size": _numbers(patch, int, 2, "--patch"), "batch": batch},
-        {"steps": steps, "minutes": minutes, "rate": rate, "validate_every": validate_every, "seed": seed},
-        {"channels": _numbers(channels, int, None, "--channels"), "held_out": held_out, "note": note},
-        {"device": device, "threads": threads, "resume": resume, "overwrite": overwrite},
-        as_json,
-    )
-
-
-@app.command(name="train-series-denoiser")
-def train_series_denoiser(
-    phantoms: Phantoms,
-    output: Weights,
-    schedule: Schedule = "jiang",
-    points: SchedulePoints = None,
-    schedule_seed: ScheduleSeed = 0,
-    matrix: SliceMatrix = "192,192",
-    fov: SliceFov = "220,220,5",
-    coils: Coils = 8,
-    slices: Slices = 24,
-    extent: Extent = 24.0,
-    components: Components = 5,
-    levels: Annotated[
-        str, typer.Option(help="Lowest and highest noise level (1 is the intensity), and how many.")
-    ] = "0.002,0.1,12",
-    steps: Steps = None,
-    minutes: Minutes = None,
-    channels: Channels = "32,64,96",
-    patch: Patch = "96,96",
-    batch: BatchSize = 12,
-    rate: Rate = 1e-3,
-    held_out: HeldOut = 0.1,
-    validate_every: ValidateEvery = 500,
-    seed: Seed = 0,
-    resume: Resume = None,
-    threads: Threads = None,
-    device: Device = "auto",
-    note: Note = "",
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Train the network of mrf_pnp: what the coefficient images of one protocol look like without noise."""
-    low, high, count = _numbers(levels, float, 3, "--levels") or ()
-    _train_series(
-        "series_denoiser",
-        phantoms,
-        output,
-        {
-            "schedule": schedule,
-            "points": points,
-            "schedule_seed": schedule_seed,
-            "matrix": _numbers(matrix, int, 2, "--matrix"),
-            "fov": _numbers(fov, float, 3, "--fov"),
-            "coils": coils,
-        },
-        (None,),
-        {"slices": slices, "extent": extent, "components": components, "seed": seed},
-        {"size": _numbers(patch, int, 2, "--patch"), "batch": batch},
-        {"steps": steps, "minutes": minutes, "rate": rate, "validate_every": validate_every, "seed": seed},
-        {
-            "channels": _numbers(channels, int, None, "--channels"),
-            "held_out": held_out,
-            "levels": (low, high, int(count)),
-            "note": note,
-        },
-        {"device": device, "threads": threads, "resume": resume, "overwrite": overwrite},
-        as_json,
-    )
-
-
-def _train_series(
-    kind: str,
-    phantoms: list[str],
-    output: Path,
-    scan: dict[str, Any],
-    acquired: tuple[Any, ...],
-    slices: dict[str, Any],
-    patches: dict[str, Any],
-    loop: dict[str, Any],
-    options: dict[str, Any],
-    run: dict[str, Any],
-    as_json: bool,
-) -> None:
-    """What both commands have in common."""
-    from quantitron.host.train_series import run_series_training
-
-    steps, minutes = loop.pop("steps"), loop.pop("minutes")
-    loop |= {
-        "steps": steps if steps is not None else (0 if minutes else 10000),
-        "minutes": minutes or 0.0,
-    }
-    shown = logger.isEnabledFor(logging.INFO)
-    card = run_series_training(
-        kind, phantoms, output, scan, acquired, slices, patches, loop, options, shown=shown, **run
-    )
-    if as_json:
-        print(json.dumps({"output": str(output), **card}))
-        return
-    gain = card["validation"]["score"]
-    print(
-        f"{output}: {card['weights']} weights, {card['steps']} steps, {card['minutes']} min, {gain:+.2f} dB"
-    )
-
-
 @app.command()
 def pipelines(as_json: Json = False) -> None:
     """List the pipelines and their settings."""
@@ -720,6 +412,8 @@ def doctor(as_json: Json = False) -> None:
             f"{len(broken)} of {len(findings)} checks failed: {', '.join(f.what for f in broken)}"
         )
 
+
+add_training_commands(app)
 
 if __name__ == "__main__":
     main()

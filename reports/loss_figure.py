@@ -44,6 +44,6 @@ def draw_losses(source: str | os.PathLike[str], output: str | os.PathLike[str]) 
         beside.plot([step for step, _ in gains], [gain for _, gain in gains], "o-", color="tab:red")
         beside.set_ylabel("mean gain of held out patches [dB]", color="tab:red")
     try:
-        canvas.print_png(str(output))
+        canvas.print_png(str(output))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ScanError(f"{output} cannot be written: {error.strerror}") from error

@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from training_volumes import write_subjects
+from typer.testing import CliRunner
 
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.network_weights import read_network
+from quantitron.host.command import app
 from quantitron.recon.networks.conditional_unet import ConditionalUNet, UNetShape
 from quantitron.recon.networks.precision import autocast
 from quantitron.training.augmentation import Augmentation
@@ -29,6 +31,7 @@ from quantitron.training.loop import (
     LoopSettings,
     TrainingDiverged,
     TrainingStopped,
+    draw_batches,
     safe_precision,
     train_network,
 )
@@ -199,6 +202,16 @@ def test_an_interruption_saves_first_and_the_rest_gives_the_same_bits(tmp_path):
     for one, other in zip(whole.network.parameters(), rest.network.parameters(), strict=True):
         assert torch.equal(one, other)
     assert rest.state.window == whole.state.window
+
+
+def test_batches_drawn_ahead_are_the_same():
+    plain, ahead = (draw_batches(Stripes(), 1, 3, threads) for threads in (0, 3))
+    for one, other, _ in zip(plain, ahead, range(20), strict=False):
+        assert torch.equal(one.input, other.input)
+        assert torch.equal(one.target, other.target)
+    ahead.close()
+    with pytest.raises(ZeroDivisionError):  # what goes wrong in a thread is not lost
+        next(draw_batches(lambda step, generator: 1 / 0, 0, 0, 2))
 
 
 def test_threads_other_than_the_main_one_train_too():
@@ -400,9 +413,20 @@ def test_the_command_trains_and_tells(data, tmp_path):
 
 
 def test_the_command_says_what_is_wrong(tmp_path):
-    assert command("--data", tmp_path).returncode == 2
-    assert command("--data", tmp_path, "-o", tmp_path / "m.safetensors", "--levels", "0.1").returncode == 2
-    done = command("--data", tmp_path, "-o", tmp_path / "m.safetensors", "--attention", "7")
-    assert done.returncode == 1
-    assert "attention on level 7" in done.stderr
-    assert "Traceback" not in done.stderr
+    target = str(tmp_path / "m.safetensors")
+
+    def called(*arguments):
+        return CliRunner().invoke(app, ["train-denoiser", "--data", str(tmp_path), *arguments])
+
+    assert called().exit_code == 2
+    for wrong in (("--levels", "0.1"), ("--slab-size", "8,8"), ("--slab-share", "2"), ("--steps", "0")):
+        assert called("-o", target, *wrong).exit_code == 2
+    for wrong, said in {
+        ("--attention", "7"): "attention on level 7",
+        ("--intensity", "2,1"): "intensity must ascend",
+        ("--device", "abacus"): "'abacus' is none of",
+        ("--slab-share", "0"): "holds no NIfTI files",
+    }.items():
+        done = called("-o", target, *wrong)
+        assert isinstance(done.exception, ScanError)
+        assert said in str(done.exception)

@@ -14,8 +14,9 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -43,7 +44,7 @@ _FLOOR = 0.01
 _POINTS = 25
 """Steps whose mean loss is a point of the curve."""
 _AHEAD = 8
-"""Batches drawn ahead where a GPU would have to wait for them."""
+"""Threads that draw batches for a GPU."""
 
 
 class TrainingStopped(ScanError):
@@ -175,8 +176,8 @@ def train_network(
     before = state.seconds
     started = saved = time.monotonic()
     recent: deque[tuple[float, int]] = deque(maxlen=30)
-    batches = _batches(sampler, settings.seed, state.step, _AHEAD if device.type == "cuda" else 0)
-    with _Interruption() as interruption:
+    batches = draw_batches(sampler, settings.seed, state.step, _AHEAD if device.type == "cuda" else 0)
+    with closing(batches), _Interruption() as interruption:
         while (share := settings.share(state.step, state.seconds)) < 1:
             batch = next(batches).to(device)
             rate = settings.rate_at(state.step, share)
@@ -287,19 +288,30 @@ def _standing(
     return Standing(share, state.step, mean, images / span if span else 0.0, max(0.0, left), said)
 
 
-def _batches(sampler: Sampler, seed: int, step: int, ahead: int) -> Iterator[Batch]:
-    """Batches of the steps from one on, drawn ahead by threads where that pays. They are the same."""
+def draw_batches(sampler: Sampler, seed: int, step: int, ahead: int) -> Generator[Batch, None, None]:
+    """Batches of the steps from one on.
+
+    Args:
+        sampler: draws them.
+        seed: of the training.
+        step: the first.
+        ahead: threads that draw ahead, where a GPU would have to wait for its batches; 0: none. The batches
+            are the same.
+    """
     if not ahead:
         while True:
             yield sampler(step, step_generator(seed, step))
             step += 1
-    with ThreadPoolExecutor(max_workers=ahead) as pool:
+    pool = ThreadPoolExecutor(max_workers=ahead)
+    try:
         queue: deque[Future[Batch]] = deque()
         while True:
             while len(queue) < 2 * ahead:
                 queue.append(pool.submit(sampler, step, step_generator(seed, step)))
                 step += 1
             yield queue.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _tensors(

@@ -1,0 +1,28 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+
+
+def numbers(
+    text: str | None, kind: type[int] | type[float], count: int | None, option: str
+) -> tuple[Any, ...] | None:
+    """Comma-separated numbers of an option."""
+    if text is None:
+        return None
+    try:
+        values = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or (count is not None and len(values) != count):
+        what = "whole numbers" if kind is int else "numbers"
+        raise typer.BadParameter(
+            f"{text!r} is not {count or 'a list of'} {what} with commas between", param_hint=option
+        )
+    return values
