@@ -23,7 +23,8 @@ ablation: mri2qmap without each modality in turn; fixed and annealed schedules f
 several numbers of rounds; conjugate gradient steps a round; all atoms against groups; TV and BM4D in place
 of the network.
 
-parts: one reconstruction by mri2qmap in this process: seconds and peak memory of the steps of each round.
+parts: one reconstruction by mri2qmap (or what --base names) in this process: seconds and peak memory, of the
+GPU where there is one, of each step.
 
 With --folder, raw files stay there and are used again.
 """
@@ -53,6 +54,7 @@ from quantitron.host.replay import replay
 from quantitron.phantoms.schedules import make_schedule
 from quantitron.phantoms.simulate_fingerprint import simulate_fingerprint
 from quantitron.recon.signal.spin_echo import SpinEchoProtocol
+from quantitron.recon.solvers import SOLVERS
 
 PIPELINES = "lrtv,svdmrf,mrf_admm,llr,mri2qmap,mrf_pnp,arnet"
 REFERENCE = "lrtv"
@@ -267,23 +269,40 @@ def ablations(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     return result
 
 
-def parts(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Seconds and memory of the steps of mri2qmap."""
-    from quantitron.recon.solvers import mri2qmap
-    from quantitron.recon.solvers.nearest_tissue import NearestTissue
+def parts_of(method: str) -> dict[str, tuple[object, str]]:
+    """The steps of a solver of fingerprints, as ``part_costs`` wants them.
 
-    wrapped = {
-        "conjugate gradients": (mri2qmap, "conjugate_gradient"),
-        "denoising": (mri2qmap.MriToMaps, "denoise"),
-        "joint matching": (NearestTissue, "__call__"),
-        "linear estimate": (mri2qmap.MriToMaps, "linear_estimate"),
-        "final matching": (mri2qmap.MriToMaps, "matched"),
-    }
+    Raises:
+        SystemExit: if there is no such solver.
+    """
+    solver = next((kind for kind in SOLVERS if kind.name == method and "fisp_mrf" in kind.sequences), None)
+    if solver is None:
+        raise SystemExit(f"there is no solver '{method}' of fingerprints")
+    module = sys.modules[solver.__module__]
+    found: dict[str, tuple[object, str]] = {}
+    if hasattr(solver, "linear_estimate"):
+        found["linear estimate"] = (solver, "linear_estimate")
+    if hasattr(module, "conjugate_gradient"):
+        found["conjugate gradients of a round"] = (module, "conjugate_gradient")
+    for name, part in vars(module).items():
+        if not isinstance(part, type) or getattr(part, "_is_protocol", False):
+            continue
+        if any("__call__" in vars(kind) for kind in part.__mro__):
+            if name.endswith("Denoiser"):
+                found[f"denoising ({name})"] = (part, "__call__")
+            elif name.startswith("Nearest"):
+                found["matching in a round"] = (part, "__call__")
+    return found | {"final matching": (solver, "matched")}
+
+
+def parts(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Seconds and memory of the steps of a pipeline; those that it does not take have no row."""
+    method, settings = settings_of(arguments.base)
+    wrapped = parts_of(method)
     table = Table(arguments.json, [*CASE_HEAD, "part", "calls", "s", "s / call", "GB"])
     for name, anatomy in objects(arguments.sources, folder):
         for case in cases(arguments):
             raw = case.simulate(name, anatomy, folder)
-            method, settings = settings_of(arguments.base)
             maps = raw.with_suffix(".maps")
             # The first run of a process also pays for what later ones find ready (kernels, threads).
             for warm in (False, True) if arguments.warm else (True,):
@@ -295,7 +314,9 @@ def parts(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
                 if not warm:
                     continue
                 for part, cost in costs.items():
-                    each = cost.seconds / cost.calls if cost.calls else float("nan")
+                    if cost.calls == 0:
+                        continue
+                    each = cost.seconds / cost.calls
                     table.add(
                         [
                             *case.key(name),
@@ -332,7 +353,7 @@ def main() -> None:
     parser.add_argument("--schedule", default="jiang")
     parser.add_argument("--points", type=int, default=500)
     parser.add_argument("--pipelines", default=PIPELINES, help="accuracy: name[:property=value+...], ...")
-    parser.add_argument("--base", default="mri2qmap", help="ablation, parts: mri2qmap[:property=value+...]")
+    parser.add_argument("--base", default="mri2qmap", help="ablation, parts: pipeline[:property=value+...]")
     parser.add_argument("--only", default=",".join(ABLATIONS), help="ablation: which")
     parser.add_argument("--levels", default="fixed,0.05,0.1,0.2,0.5", help="ablation: first levels")
     parser.add_argument("--rounds", default="5,10,15,20", help="ablation: rounds")

@@ -14,6 +14,7 @@ import torch
 
 from quantitron.gadgets.image_file import TRUTH_GROUP, read_images, write_images
 from quantitron.gadgets.map_volume import map_volumes
+from quantitron.host.replay import replay
 from quantitron.phantoms.simulate_fingerprint import simulate_fingerprint
 from quantitron.recon.metrics import cosine_distance
 from quantitron.recon.signal.fingerprint_dictionary import fingerprint_dictionary
@@ -216,6 +217,50 @@ def test_ablations_change_one_thing_each(monkeypatch):
     arguments.only = "modality"
     with pytest.raises(SystemExit, match="there is no ablation 'modality'"):
         pnp.ablations(arguments)
+
+
+def test_parts_of_a_solver():
+    steps = pnp.parts_of("mrf_pnp")
+    assert {"linear estimate", "conjugate gradients of a round", "final matching"} < set(steps)
+    assert any(name.startswith("denoising") for name in steps)
+    assert "matching in a round" in pnp.parts_of("mrf_admm")
+    for owner, name in steps.values():
+        assert callable(getattr(owner, name))
+    with pytest.raises(SystemExit, match="there is no solver 'summit' of fingerprints"):
+        pnp.parts_of("summit")
+
+
+def test_costs_of_the_parts_of_a_replay(scan, tmp_path, monkeypatch, capsys):
+    raw, _, _ = scan
+    monkeypatch.setattr(pnp.Case, "simulate", lambda *_: raw)
+    monkeypatch.setattr(pnp, "objects", lambda *_: [("ellipse", None)])
+    monkeypatch.setenv("QUANTITRON_CACHE", str(tmp_path))
+    monkeypatch.setattr(pnp, "replay", replay_with_small_dictionary)
+    arguments = argparse.Namespace(
+        cases=["slice"],
+        coils="1",
+        orders="sequential",
+        heights="0",
+        seeds="1",
+        schedule="jiang",
+        points=POINTS,
+        slice="32,32,1",
+        base="mrf_admm:rounds=3",
+        json=tmp_path / "parts.json",
+        sources=[],
+        warm=False,
+    )
+    rows = {row["part"]: row for row in pnp.parts(arguments, tmp_path)}
+    assert rows["matching in a round"]["calls"] == rows["conjugate gradients of a round"]["calls"] == 3
+    assert rows["linear estimate"]["calls"] == rows["final matching"]["calls"] == 1
+    inner = sum(row["seconds"] for part, row in rows.items() if part != "everything")
+    assert 0 < inner < rows["everything"]["seconds"]
+    assert rows["everything"]["memory"] >= max(row["memory"] for row in rows.values())
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
+
+
+def replay_with_small_dictionary(raw, method, maps, settings, overwrite):
+    return replay(raw, method, maps, [*settings, "basis.t1_points=40", "basis.t2_points=40"], overwrite)
 
 
 class Works:
