@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -33,6 +34,18 @@ class Denoiser(Protocol):
                 what it returned is not finite.
         """
         ...
+
+
+def check_images(images: Tensor, level: float) -> None:
+    """Refuse what no denoiser can work on.
+
+    Raises:
+        ValueError: if the images are not finite, or the noise level is not a number from zero.
+    """
+    if not bool(images.isfinite().all()):
+        raise ValueError("the images to be denoised hold values that are not finite")
+    if not (math.isfinite(level) and level >= 0):
+        raise ValueError(f"the noise level must be finite and not negative, not {level:g}")
 
 
 def intensity(images: Tensor, quantile: float = 0.995) -> Tensor:
