@@ -39,7 +39,7 @@ from quantitron.recon.solvers.fingerprint import FingerprintEstimate, Fingerprin
 from quantitron.recon.solvers.solver import Progress
 
 KIND = "series_denoiser"
-DENOISERS = ("network", "tv", "bm4d")
+DENOISERS = ("tv", "bm4d", "network")
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,10 @@ class PlugAndPlay(FingerprintSolver):
 
     linear_iterations: int = field(default=4, metadata={"minimum": 1})
     """Conjugate gradient steps of the second pass: only a start is wanted here."""
-    denoiser: str = field(default="network", metadata={"choices": DENOISERS})
+    denoiser: str = field(default="tv", metadata={"choices": DENOISERS})
     """``network`` is trained on coefficient images; ``tv`` and ``bm4d`` need no training."""
     weights: str = ""
-    """File with the weights of the network, from ``quantitron train-denoiser``; empty: those that come with
-    the package."""
+    """File with the weights of the network, from ``quantitron train-series-denoiser``."""
     rounds: int = field(default=10, metadata={"minimum": 1})
     """Rounds of the splitting."""
     iterations: int = field(default=10, metadata={"minimum": 1})

@@ -1,0 +1,420 @@
+"""Training of the networks for coefficient images, and the solvers that use them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fingerprint_scan import FingerprintScan, fingerprint_scan, protocol_and_dictionary
+from typer.testing import CliRunner
+
+from quantitron.gadgets.errors import ScanError
+from quantitron.gadgets.network_weights import read_network
+from quantitron.host.command import app
+from quantitron.host.compare import compare
+from quantitron.host.replay import replay
+from quantitron.phantoms.simulate import load_anatomy
+from quantitron.phantoms.simulate_fingerprint import simulate_fingerprint
+from quantitron.recon.canonical_series import canonical_series, protocol_checksum, tissue_axes
+from quantitron.recon.data import Maps
+from quantitron.recon.networks.conditional_unet import ConditionalUNet, UNetShape
+from quantitron.recon.networks.trained_network import NetworkDescription, NetworkRequest, TrainedNetwork
+from quantitron.recon.priors.block_matching_denoiser import BlockMatchingDenoiser
+from quantitron.recon.priors.series_denoiser import ImageByImage, NetworkSeriesDenoiser, series_intensity
+from quantitron.recon.priors.variation_denoiser import VariationDenoiser
+from quantitron.recon.signal.fingerprint_dictionary import fingerprint_dictionary
+from quantitron.recon.solvers.arnet import ArtifactRemoval
+from quantitron.recon.solvers.mrf_pnp import PlugAndPlay
+from quantitron.recon.solvers.subspace import FingerprintSubspace
+from quantitron.training.artifact_scan import ScanPlan, place_slice, simulate_slice
+from quantitron.training.series_batches import PairSampler, SeriesPatches, artifact_energy, normalised
+from quantitron.training.series_pairs import PairPlan, SeriesPair, reconstructed_pair, simulate_pairs
+
+pytestmark = pytest.mark.timeout(120)
+
+POINTS = 96
+SCAN = ScanPlan(
+    points=POINTS, interleaves=12, matrix=(48, 48), fov=(96.0, 96.0, 4.0), coils=4, supersampling=(1, 1, 1)
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Arrays this small are computed faster by one thread than shared out to several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def quiet(doing: str, share: float) -> None:
+    assert 0 <= share <= 1, doing
+
+
+def solved(solver, problem) -> Maps:
+    *_, maps = solver.solve(problem, quiet)
+    return maps
+
+
+def network_of(scan: FingerprintScan, kind: str, bias: float = 0.0, **changes) -> TrainedNetwork:
+    """A network that predicts the same number everywhere."""
+    noise = kind == "series_denoiser"
+    settings = {"in_channels": 10, "out_channels": 10, "channels": (8, 8), "blocks": 1, "noise": noise}
+    shape = UNetShape(**(settings | changes))
+    network = ConditionalUNet(shape, torch.Generator().manual_seed(0)).requires_grad_(False).eval()
+    network.exit.bias.fill_(bias)
+    card = {"protocol_checksum": protocol_checksum(scan.problem.protocol), "protocol": "jiang"}
+    levels = (0.005, 0.02, 0.1) if noise else ()
+    return TrainedNetwork(
+        NetworkDescription(kind, shape, (), levels, (1, 32, 32), (1, 32, 32), card), network
+    )
+
+
+@pytest.fixture(scope="module")
+def noisy() -> FingerprintScan:
+    return fingerprint_scan(noise=1.0)
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory) -> Path:
+    """Three tissues in nested ellipses that change along z, 12 voxels of 4 mm."""
+    z, y, x = np.meshgrid(*[(np.arange(n) - n // 2) / (n / 2) for n in (12, 48, 48)], indexing="ij")
+    outer = (y / 0.85) ** 2 + (x / 0.75) ** 2 < 1
+    inner = ((y - 0.1 * z) / 0.55) ** 2 + (x / (0.45 + 0.1 * z)) ** 2 < 1
+    core = ((y + 0.1) / 0.2) ** 2 + ((x - 0.2 * z) / 0.17) ** 2 < 1
+    ripple = 1 + 0.05 * np.sin(9 * x + 3 * y + 8 * z) * np.cos(8 * y)
+
+    def tissue(outside, middle, centre):
+        return np.where(core, centre, np.where(inner, middle, outside))
+
+    path = tmp_path_factory.mktemp("phantom") / "ellipses.npz"
+    np.savez(
+        path,
+        t1=tissue(1.4, 0.85, 2.2) * ripple,
+        t2=tissue(0.09, 0.06, 0.16) / ripple,
+        pd=np.where(outer, tissue(0.85, 0.7, 1.0) * ripple, 0),
+        labels=np.where(outer, tissue(2, 3, 1), 0),
+        voxel_size=np.array([0.004, 0.002, 0.002]),
+    )
+    return path
+
+
+# ---- the canonical form
+
+
+def test_the_form_is_the_same_in_any_basis_and_comes_back(noisy):
+    problem, generator = noisy.problem, torch.Generator().manual_seed(3)
+    images = noisy.coefficients.permute(3, 0, 1, 2).contiguous()  # (x, l, z, y)
+    axes = tissue_axes(problem.basis, problem.dictionary, 4).axes
+    form = canonical_series(images, axes, (3e-3, 3e-3, 3e-3))
+    turn, _ = torch.linalg.qr(torch.randn(5, 5, dtype=torch.complex64, generator=generator))
+    turned = torch.einsum("lk,xlzy->xkzy", turn.conj(), images)
+    other = canonical_series(turned, turn.mH @ axes.to(turn), (3e-3, 3e-3, 3e-3))
+    torch.testing.assert_close(other.images(turned), form.images(images), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(form.replaced(images, form.images(images)), images, rtol=1e-5, atol=1e-4)
+    changed = form.images(images) + torch.randn(8, *noisy.mask.shape, generator=generator)
+    torch.testing.assert_close(form.images(form.replaced(images, changed)), changed, rtol=1e-4, atol=1e-3)
+
+
+def test_the_form_takes_a_smooth_phase_off(noisy):
+    problem = noisy.problem
+    images = noisy.coefficients.permute(3, 0, 1, 2)
+    axes = tissue_axes(problem.basis, problem.dictionary, 5).axes
+    phase = torch.linspace(-1.5, 1.5, images.shape[0])[:, None, None, None]
+    plain, turned = (
+        canonical_series(series, axes, (3e-3,) * 3).images(series)
+        for series in (images, images * torch.polar(torch.ones_like(phase), phase))
+    )
+    assert float(plain[5:].abs().max()) < 1e-3 * float(plain[:5].abs().max())  # real signals stay real
+    assert float((turned - plain).norm() / plain.norm()) < 0.05
+
+
+def test_axes_do_not_depend_on_the_grid_of_the_dictionary():
+    protocol, coarse = protocol_and_dictionary()
+    fine = fingerprint_dictionary(protocol, (0.2, 5.0), (0.015, 2.5), 60, 50)
+    one, two = (
+        dictionary.basis(8).contrast @ tissue_axes(dictionary.basis(8), dictionary, 3).axes
+        for dictionary in (coarse, fine)
+    )
+    assert float((one.mT @ two).diagonal().min()) > 0.95  # the same sign, and nearly the same axis
+
+
+def test_the_checksum_is_of_the_protocol():
+    protocol, _ = protocol_and_dictionary()
+    rounded = replace(
+        protocol,
+        repetition_time=tuple(float(np.float32(1e3 * time)) / 1e3 for time in protocol.repetition_time),
+    )
+    assert protocol_checksum(rounded) == protocol_checksum(protocol)
+    longer = replace(protocol, inversion_time=(0.025,))
+    assert protocol_checksum(longer) != protocol_checksum(protocol)
+
+
+# ---- arnet
+
+
+def test_a_network_that_finds_nothing_leaves_the_linear_estimate(noisy):
+    problem = replace(noisy.problem, network=network_of(noisy, "artifact_removal"))
+    maps = solved(ArtifactRemoval(), problem)
+    linear = solved(FingerprintSubspace(tolerance=ArtifactRemoval().tolerance), noisy.problem)
+    for name in ("t1", "t2", "pd"):
+        torch.testing.assert_close(maps.values[name], linear.values[name], rtol=1e-4, atol=0, equal_nan=True)
+    assert maps.residual_to_noise == pytest.approx(linear.residual_to_noise, abs=1e-3)
+
+
+def test_what_the_network_finds_is_added(noisy):
+    """A constant on the strongest component's real part, in units of the intensity."""
+    trained = network_of(noisy, "artifact_removal")
+    trained.network.exit.bias[0] = 0.5
+    problem = replace(noisy.problem, network=trained)
+    maps, linear = (
+        solved(ArtifactRemoval(), one)
+        for one in (problem, replace(problem, network=network_of(noisy, "artifact_removal")))
+    )
+    brighter = maps.values["pd"][0][noisy.mask] / linear.values["pd"][0][noisy.mask]
+    assert 1.4 < float(brighter.median()) < 2.2
+
+
+@pytest.mark.parametrize(
+    ("network", "sentence"),
+    [
+        (lambda scan: None, "needs a trained network"),
+        (
+            lambda scan: network_of(scan, "series_denoiser"),
+            "is for series_denoiser, not for artifact_removal",
+        ),
+        (lambda scan: network_of(scan, "artifact_removal", in_channels=3), "3 channels in and 10 out"),
+        (
+            lambda scan: network_of(scan, "artifact_removal", in_channels=12, out_channels=12),
+            "wants 6 coefficient images, and basis.rank leaves 5",
+        ),
+        (lambda scan: network_of(scan, "artifact_removal", bias=float("nan")), "not finite"),
+    ],
+)
+def test_a_network_that_does_not_fit_is_refused(noisy, network, sentence):
+    problem = replace(noisy.problem, network=network(noisy))
+    with pytest.raises(ValueError, match=sentence):
+        solved(ArtifactRemoval(), problem)
+
+
+def test_a_network_of_another_protocol_is_refused(noisy):
+    protocol = replace(noisy.problem.protocol, inversion_time=(0.03,))
+    description = network_of(noisy, "artifact_removal").description
+    ArtifactRemoval().check_network(description, noisy.problem.encoding, noisy.problem.protocol)
+    with pytest.raises(
+        ValueError, match="trained for jiang, another protocol than this scan's 60 time points"
+    ):
+        ArtifactRemoval().check_network(description, noisy.problem.encoding, protocol)
+    with pytest.raises(ValueError, match="does not say which protocol"):
+        ArtifactRemoval().check_network(replace(description, card={}), noisy.problem.encoding, protocol)
+
+
+# ---- mrf_pnp
+
+
+def percentage_error(maps: Maps, scan: FingerprintScan, name: str) -> float:
+    """MAPE over the object; voxels without a value count as 0."""
+    truth = getattr(scan, name)[scan.mask]
+    return float(((maps.values[name][0].nan_to_num()[scan.mask] - truth).abs() / truth).mean())
+
+
+def test_total_variation_plugged_in_beats_the_linear_estimate(noisy):
+    linear = solved(FingerprintSubspace(), noisy.problem)
+    maps = solved(PlugAndPlay(denoiser="tv", rounds=5, iterations=6), noisy.problem)
+    assert percentage_error(maps, noisy, "t1") < 0.85 * percentage_error(linear, noisy, "t1")
+    assert percentage_error(maps, noisy, "t2") < 0.95 * percentage_error(linear, noisy, "t2")
+    assert maps.residual_to_noise == pytest.approx(1.0, abs=0.03)
+
+
+@pytest.mark.parametrize("denoiser", [VariationDenoiser(), BlockMatchingDenoiser()])
+def test_denoisers_of_images_restore_a_series(noisy, denoiser):
+    """Each image at the noise of all: strong ones keep their edges, weak ones lose most of their noise."""
+    axes = tissue_axes(noisy.problem.basis, noisy.problem.dictionary, 2).axes
+    images = noisy.coefficients.permute(3, 0, 1, 2)
+    clean = canonical_series(images, axes, (3e-3,) * 3).images(images)
+    noise = 0.05 * series_intensity(clean)
+    series = clean + noise * torch.randn(clean.shape, generator=torch.Generator().manual_seed(4))
+    restored = ImageByImage(denoiser)(series, 0.05, torch.Generator())
+    left = (restored - clean).square().mean((1, 2, 3)).sqrt() / noise
+    assert float(left[:2].max()) < 0.9
+    assert float(left[2:].max()) < 0.3  # nothing but noise there
+    series[3] = 0
+    assert not ImageByImage(denoiser)(series, 0.05, torch.Generator())[3].any()
+
+
+def test_a_network_that_finds_no_noise_leaves_all_to_the_data(noisy):
+    """Then each round only brings U nearer to k-space."""
+    problem = replace(noisy.problem, network=network_of(noisy, "series_denoiser"))
+    solver = PlugAndPlay(denoiser="network", rounds=3, field_share=0.0)
+    maps = solved(solver, problem)
+    estimate = solver.linear_estimate(problem, quiet)
+    assert maps.residual_to_noise < estimate.residual_to_noise(estimate.coefficients)
+
+
+def test_noise_that_a_network_finds_is_taken_off(noisy):
+    """In the canonical form, in units of level and intensity."""
+    trained = network_of(noisy, "series_denoiser")
+    trained.network.exit.bias[1] = 2.0
+    series = torch.randn(10, 1, 32, 32, generator=torch.Generator().manual_seed(1))
+    denoise = NetworkSeriesDenoiser(trained)
+    restored = denoise(series, 0.02, torch.Generator())
+    expected = series.clone()
+    expected[1] -= 2 * 0.02 * series_intensity(series)
+    torch.testing.assert_close(restored, expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        denoise(3 * series, 0.02, torch.Generator()), 3 * restored, rtol=1e-3, atol=1e-3
+    )
+    with pytest.raises(ValueError, match="outside"):
+        denoise(series, 0.5, torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("network", "sentence"),
+    [
+        (lambda scan: None, "needs a trained network"),
+        (
+            lambda scan: network_of(scan, "artifact_removal"),
+            "is for artifact_removal, not for series_denoiser",
+        ),
+        (lambda scan: network_of(scan, "series_denoiser", out_channels=8), "10 channels in and 8 out"),
+    ],
+)
+def test_a_denoiser_that_does_not_fit_is_refused(noisy, network, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        solved(PlugAndPlay(denoiser="network"), replace(noisy.problem, network=network(noisy)))
+
+
+def test_levels_fall():
+    assert PlugAndPlay(rounds=3, first_level=0.4, last_level=0.1).levels() == pytest.approx([0.4, 0.2, 0.1])
+    assert PlugAndPlay(rounds=1, first_level=0.4, last_level=0.1).levels() == pytest.approx([0.1])
+    with pytest.raises(ValueError, match="levels must fall"):
+        PlugAndPlay(first_level=0.01, last_level=0.02)
+    assert PlugAndPlay().network is None  # runs without weights
+    assert PlugAndPlay(denoiser="network", weights="mine").network == NetworkRequest(
+        "series_denoiser", "mine"
+    )
+
+
+# ---- pairs
+
+
+def test_the_perfect_images_are_what_a_full_scan_without_noise_gives(phantom):
+    """With the phase and the scale of the coil maps of that reconstruction."""
+    scan = replace(SCAN, snr=float("inf"))
+    dictionary = scan.dictionary()
+    placed = place_slice(load_anatomy(phantom), scan, dictionary.basis(0.9999), seed=2)
+    simulated = simulate_slice(placed, scan, dictionary, seed=2)
+    pair = reconstructed_pair(simulated, ArtifactRemoval(), 5)
+    weak = (pair.reconstructed - pair.perfect)[:3].norm() / pair.perfect[:3].norm()
+    assert float(weak) < 0.05
+    assert float((pair.perfect[0] > 0).float().mean()) > 0.3
+
+
+def test_pairs_are_simulated_once(phantom, tmp_path):
+    plan = PairPlan((SCAN,), slices=1)
+    solver = ArtifactRemoval(learning_iterations=2, linear_iterations=1, most_iterations=2)
+    told: list[tuple[int, int]] = []
+    (first,) = simulate_pairs([phantom], plan, solver, tmp_path / "pairs", lambda *step: told.append(step))
+    (file,) = (tmp_path / "pairs").iterdir()
+    written = file.stat().st_mtime_ns
+    (second,) = simulate_pairs([phantom], plan, solver, tmp_path / "pairs")
+    torch.testing.assert_close(second.reconstructed, first.reconstructed, rtol=0, atol=0)
+    assert (told, file.stat().st_mtime_ns) == ([(1, 1)], written)
+    file.write_bytes(b"no pair")
+    with pytest.raises(ScanError, match="is not a pair of coefficient images"):
+        simulate_pairs([phantom], plan, solver, tmp_path / "pairs")
+
+
+def test_patches_of_a_pair_are_of_the_same_place():
+    generator = torch.Generator().manual_seed(1)
+    clean = torch.rand(10, 1, 64, 64, generator=generator) + 0.5
+    pair = SeriesPair(clean + 0.25, clean)
+    sampler = PairSampler([pair], SeriesPatches((32, 32), 3, phase=0.0))
+    scale = float((normalised(pair)[0] / pair.reconstructed).mean())
+    for step in range(3):
+        batch = sampler(step, torch.Generator().manual_seed(step))
+        assert batch.input.shape == (3, 10, 1, 32, 32)
+        factor = (batch.input - batch.target) / (0.25 * scale)
+        torch.testing.assert_close(factor, factor[:, :1, :, :1, :1].expand_as(factor), rtol=1e-3, atol=1e-3)
+        assert 0.69 < float(factor.min()) <= float(factor.max()) < 1.31
+    assert artifact_energy([pair]).allclose(torch.full((10,), (0.25 * scale) ** 2), rtol=1e-3)
+
+
+def test_scans_of_two_protocols_are_no_training():
+    with pytest.raises(ScanError, match="a network is for one protocol"):
+        PairPlan((SCAN, replace(SCAN, points=POINTS + 1)))
+
+
+# ---- commands
+
+OPTIONS = [
+    *("--points", str(POINTS), "--matrix", "48,48", "--fov", "96,96,4", "--coils", "4", "--slices", "3"),
+    *("--steps", "100", "--channels", "8,8", "--patch", "48,48", "--batch", "4", "--held-out", "0.3"),
+    *("--threads", "1", "--rate", "6e-3", "--json"),
+]
+
+
+def test_arnet_is_trained_and_used(phantom, tmp_path):
+    weights = tmp_path / "arnet.safetensors"
+    own = ["--interleaves", "12", "--acquired", "4", "--calibration", "--components", "4"]
+    command = ["train-arnet", str(phantom), "-o", str(weights), *own, *OPTIONS]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    card = json.loads(done.stdout)
+    assert card["steps"] == 100
+    losses = [
+        float(line.split(",")[1]) for line in weights.with_suffix(".loss.csv").read_text().splitlines()[1:]
+    ]
+    assert losses[-1] < 0.9 * losses[0]  # 0.79
+    assert card["validation"]["score"] > 0.5  # dB on the slice that was held out
+    assert "artifact_removal" in weights.with_suffix(".md").read_text()
+    description = read_network(weights, "artifact_removal").description
+    assert description.shape.in_channels == 8
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code != 0
+    assert "is there already" in str(again.exception)
+
+    raw, maps = tmp_path / "raw.h5", tmp_path / "maps.h5"
+    simulate_fingerprint(
+        output=raw,
+        phantom=phantom,
+        points=POINTS,
+        interleaves=12,
+        acquired=4,
+        order="shuffled",
+        matrix=(48, 48, 1),
+        fov=(96.0, 96.0, 4.0),
+        coils=4,
+        supersampling=1,
+        calibration="separate",
+        seed=0,
+    )
+    replay(raw, "arnet", maps, [f"reconstruct.weights={weights}"])
+    assert compare(maps, raw)["maps"]["T1"]["nrmse"] < 0.6
+    with pytest.raises(ScanError, match="train-arnet"):
+        replay(raw, "arnet", tmp_path / "none.h5")
+    other = tmp_path / "other.h5"
+    simulate_fingerprint(
+        output=other, phantom=phantom, points=80, matrix=(48, 48, 1), fov=(96.0, 96.0, 4.0), supersampling=1
+    )
+    with pytest.raises(ScanError, match="jiang of 96 time points, another protocol"):
+        replay(other, "arnet", tmp_path / "none.h5", [f"reconstruct.weights={weights}"])
+
+
+def test_a_denoiser_of_series_is_trained(phantom, tmp_path):
+    weights = tmp_path / "series.safetensors"
+    done = CliRunner().invoke(app, ["train-series-denoiser", str(phantom), "-o", str(weights), *OPTIONS])
+    assert done.exit_code == 0, done.output
+    card = json.loads(done.stdout)
+    losses = [
+        float(line.split(",")[1]) for line in weights.with_suffix(".loss.csv").read_text().splitlines()[1:]
+    ]
+    assert losses[-1] < 0.8 * losses[0]  # 0.6
+    description = read_network(weights, "series_denoiser").description
+    assert description.noise_levels[0] == 0.002
+    assert len(description.noise_levels) == 12
+    assert card["data"]["held_out"] == 1
