@@ -2,8 +2,8 @@
 
 usage: health.py quantitron|gadgetron [PORT]
 
-A server that only has its port open but serves nobody any more would pass a mere connect, so a question is asked
-in the protocol that scanners speak, and the connection is closed in it as well.
+A server whose port is open but who serves nobody any more would pass a mere connect: a question is asked in
+the protocol that scanners speak, and the connection is closed in it as well.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Writes the hashed requirements of the images, from setup.cfg and constraints.txt.
 
-Run ``python docker/requirements/lock.py`` after either has changed; it needs ``uv`` on PATH and the indexes of
-PyPI and PyTorch. ``packages.txt`` is what all images have, ``cpu.txt``, ``cuda12.txt`` and ``cuda13.txt`` are
-PyTorch and what differs with it, ``build.txt`` and ``toolkit-*.txt`` only compile and stay out of the images.
+Run ``python docker/requirements/lock.py`` after either has changed; it needs ``uv`` on PATH and the indexes
+of PyPI and PyTorch. ``packages.txt`` is what all images have, ``cpu.txt``, ``cuda12.txt`` and ``cuda13.txt``
+are PyTorch and what differs with it, ``build.txt`` and ``toolkit-*.txt`` only compile and stay out of images.
 """
 
 from __future__ import annotations
@@ -18,6 +18,18 @@ ROOT = HERE.parent.parent
 CPU_WHEELS = os.environ.get("CPU_WHEELS", "https://download.pytorch.org/whl/cpu")
 """Index that has the CPU builds of PyTorch."""
 HEAD = "# Written by docker/requirements/lock.py; not by hand.\n"
+
+OPTIONS = [
+    "--universal",
+    "--python-version",
+    "3.10",
+    "--no-python-downloads",
+    "--generate-hashes",
+    "--no-header",
+    "--no-annotate",
+    "--no-progress",
+]
+"""For every Python from 3.10 on at once: markers tell them apart."""
 
 VARIANTS = {
     "cpu": ["torch==2.13.0+cpu"],
@@ -59,8 +71,7 @@ def resolve(inputs: list[str], *options: str) -> dict[str, str]:
         wanted.write_text("\n".join(line for line in inputs if not Path(line).is_file()) + "\n")
         files = [line for line in inputs if Path(line).is_file()]
         done = subprocess.run(
-            ["uv", "pip", "compile", *files, str(wanted), *options, "--universal", "--python-version", "3.10"]
-            + ["--generate-hashes", "--no-header", "--no-annotate", "--no-progress", "--no-python-downloads"],
+            ["uv", "pip", "compile", *files, str(wanted), *options, *OPTIONS],
             check=True,
             stdout=subprocess.PIPE,
             text=True,
