@@ -166,13 +166,13 @@ def test_images_run_without_root_and_are_watched(target: str) -> None:
 
 def test_caches_are_removed_in_the_step_that_fills_them() -> None:
     steps = [rest for word, rest in _instructions() if word == "RUN"]
-    scripts = [path.read_text() for path in (DOCKER / "build").glob("*.sh")]
+    scripts = [path.read_text() for path in (DOCKER / "steps").glob("*.sh")]
     for step in [*steps, *scripts]:
         if "apt-get update" in step:
             assert "rm -rf /var/lib/apt/lists/*" in step
         if "pip" in step and " install " in step and "apt-get install" not in step:
             assert "--no-cache-dir" in step
-    assert not [step for step in steps if "pip install" in step], "pip belongs into docker/build"
+    assert not [step for step in steps if "pip install" in step], "pip belongs into docker/steps"
 
 
 def test_copied_paths_exist_and_reach_the_build() -> None:

