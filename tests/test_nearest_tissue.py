@@ -1,12 +1,16 @@
 """Matching of whole images: layout, mask, basis, and that it is the matching of voxels."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_fingerprint_match import make_dictionary, measured, noise, tissue
 
+from quantitron.recon.atom_groups import AtomGroups
 from quantitron.recon.fingerprint_match import FingerprintAtoms, match_fingerprints
 from quantitron.recon.joint_match import JointMatcher
 from quantitron.recon.signal.spin_echo import SpinEchoProtocol, spin_echo_images, spin_echo_signal
+from quantitron.recon.solvers.nearest_fingerprint import NearestFingerprint
 from quantitron.recon.solvers.nearest_tissue import NearestTissue
 
 GRID = (3, 7, 5)  # z, y, x
@@ -125,3 +129,41 @@ def test_an_empty_mask_leaves_all_as_it_is(scan):
         assert torch.equal(found.coefficients, x.permute(2, 3, 0, 1))
         assert (found.atom == -1).all()
         assert found.contrasts.shape == (3, *GRID)
+
+
+def test_a_scan_lays_its_dictionary_out_once(monkeypatch):
+    """What ADMM asks round after round; each tissue is that of matching by itself, at the voxel's B1."""
+    dictionary = make_dictionary((0.8, 1.0, 1.2), points=(30, 28))
+    t1, t2, pd = tissue(105)
+    field = on_grid(torch.linspace(0.97, 1.02, 105, dtype=torch.float64))
+    x = on_grid(measured(dictionary, t1, t2, pd, field.flatten()))
+    mixing = torch.linalg.qr(noise((8, 8), seed=4)).Q
+    images = (x @ mixing.conj()).permute(2, 3, 0, 1)  # (x, k, z, y)
+    mask = torch.rand(GRID, generator=torch.Generator().manual_seed(2)) > 0.3
+    estimate = SimpleNamespace(
+        problem=SimpleNamespace(dictionary=dictionary, basis=dictionary.basis(8), b1=field),
+        coefficients=images,
+        basis=SimpleNamespace(mixing=mixing[None]),
+        mask=mask,
+    )
+    made = []
+    original = AtomGroups.__init__
+
+    def counted(self, *arguments, **named):
+        made.append(self)
+        original(self, *arguments, **named)
+
+    nearest_fingerprint = NearestFingerprint(estimate, 20)
+    nearest_tissue = NearestTissue.of_fingerprints(estimate, 20, SpinEchoProtocol())
+    monkeypatch.setattr(AtomGroups, "__init__", counted)
+    fitted = [nearest_fingerprint(factor * images) for factor in (1.0, 1.0, 2.0)]
+    assert len(made) == 6  # steps of B1 from 0.97 to 1.02
+    assert torch.equal(fitted[0], fitted[1])
+    assert torch.allclose(2 * fitted[0], fitted[2], rtol=1e-12)
+    found = nearest_tissue(images)
+    plain = match_fingerprints(x[mask], dictionary, dictionary.coefficients, field[mask], 20)
+    assert torch.equal(found.t1[mask], plain.t1)
+    assert torch.equal(found.t2[mask], plain.t2)
+    assert torch.allclose(found.pd[mask], plain.pd, rtol=1e-12)
+    assert torch.allclose(found.coefficients, fitted[0], rtol=1e-12)
+    assert torch.allclose(found.contrasts, spin_echo_images(found.t1, found.t2, found.pd, SpinEchoProtocol()))
