@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import configparser
 import json
 import re
+import runpy
 import shlex
 import socket
 import subprocess
@@ -453,3 +455,23 @@ def test_scripts_can_be_parsed() -> None:
         assert shell in ("sh", "bash")
         done = subprocess.run(["sh", "-n", str(script)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_the_openrecon_package_carries_the_label() -> None:
+    module = runpy.run_path(str(DOCKER / "openrecon" / "package.py"))
+    label = _label()
+    recipe = module["dockerfile"]("quantitron", "lorein", label)
+    (encoded,) = re.findall(
+        r'^LABEL "com\.siemens-healthineers\.[\w.-]+:1\.1\.0"="([\w+/=]+)"$', recipe, re.M
+    )
+    assert json.loads(base64.b64decode(encoded)) == label
+    assert module["package_name"](label) == "OpenRecon_quantitron_quantitron_V" + label["general"]["version"]
+    (start,) = re.findall(r"^ENTRYPOINT (.*)$", recipe, re.M)
+    (copied,) = [rest for word, rest in _stages()["host"] if word == "COPY" and "openrecon" in rest]
+    assert json.loads(start)[-1] == copied.split()[-1]
+    page = module["pdf"](["quantitron (research)"])
+    place = int(page.rsplit(b"startxref\n", 1)[1].split()[0])
+    assert page[place:].startswith(b"xref\n0 5\n")
+    for number, entry in enumerate(page[place:].splitlines()[3:7], start=1):
+        assert page[int(entry.split()[0]) :].startswith(b"%d 0 obj" % number)
+    assert rb"(quantitron \(research\)) Tj" in page

@@ -57,7 +57,7 @@ git checkout --quiet FETCH_HEAD
 git submodule --quiet update --init --depth 1 dependencies/cutlass dependencies/fmt
 cd bindings/torch
 CUDA_HOME=$cuda PATH="$cuda/bin:$here/tools/bin:$PATH" PYTHONPATH=$here/tools LIBRARY_PATH=$cuda/lib64 \
-    MAX_JOBS=${MAX_JOBS:-$(nproc)} TCNN_CUDA_ARCHITECTURES=$2 \
+    CPLUS_INCLUDE_PATH=$cuda/include:$cuda/include/cccl MAX_JOBS=${MAX_JOBS:-$(nproc)} TCNN_CUDA_ARCHITECTURES=$2 \
     "$environment/bin/python" setup.py --quiet bdist_wheel
 $pip --no-index dist/*.whl
 
