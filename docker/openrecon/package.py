@@ -1,8 +1,8 @@
 """Makes an OpenRecon package of the host's image: a zip with the labelled image and a page of documentation.
 
 usage: package.py [IMAGE [PIPELINE [FOLDER]]], by default quantitron, subspace and the current folder. The
-engine is docker or podman, or what ENGINE names. The scanner's computer reads images as Docker before version 25
-saved them, as podman still does (``docker save`` of later ones makes another layout).
+engine is docker or podman, or what ENGINE names. The scanner's computer reads images as Docker before version
+25 saved them, as podman still does (``docker save`` of later ones makes another layout).
 """
 
 from __future__ import annotations
