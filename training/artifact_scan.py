@@ -192,7 +192,7 @@ def place_slice(
     level, brightest = signal_level([scene], signals)
     deviation = level / plan.snr if math.isfinite(plan.snr) else 1e-3 * level
     covariance = deviation**2 * noise_covariance(plan.coils, np.random.default_rng([seed, 3]))
-    whitening: NDArray[np.complex128] = np.linalg.inv(np.linalg.cholesky(covariance))
+    whitening = np.linalg.inv(np.linalg.cholesky(covariance)).astype(np.complex128)
     return PlacedSlice(scene, signals, whitening, basis, brightest)
 
 
