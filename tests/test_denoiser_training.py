@@ -204,6 +204,27 @@ def test_an_interruption_saves_first_and_the_rest_gives_the_same_bits(tmp_path):
     assert rest.state.window == whole.state.window
 
 
+def test_a_training_that_is_far_enough_is_only_finished(tmp_path):
+    """As one that was stopped early and is to be taken as it is."""
+    settings = LoopSettings(steps=6, precision="float32")
+    folder = tmp_path / "checkpoint"
+    first = train_network(stripes_network(), Stripes(), noise_loss, settings, CPU, checkpoint=folder)
+    said = []
+
+    def validate(network, last):
+        said.append(last)
+        return {"score": 1.0}
+
+    shorter = replace(settings, steps=4)
+    again = train_network(
+        stripes_network(), Stripes(), noise_loss, shorter, CPU, validate, checkpoint=folder, resume=True
+    )
+    assert again.state.step == 6
+    assert said == [True]
+    for one, other in zip(first.network.parameters(), again.network.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_batches_drawn_ahead_are_the_same():
     plain, ahead = (draw_batches(Stripes(), 1, 3, threads) for threads in (0, 3))
     for one, other, _ in zip(plain, ahead, range(20), strict=False):
@@ -407,9 +428,9 @@ def test_the_command_trains_and_tells(data, tmp_path):
     written = {file.name for file in tmp_path.iterdir()}
     assert written == {"m.safetensors", "m.md", "m.loss.csv", "m.loss.png", "m.checkpoint"}
     assert (tmp_path / "m.loss.png").read_bytes().startswith(b"\x89PNG")
-    again = command(*arguments)
-    assert (again.returncode, again.stdout) == (1, "")
-    assert again.stderr.strip().endswith("is there already; --overwrite replaces it")
+    again = CliRunner().invoke(app, ["train-denoiser", *map(str, arguments)])
+    assert again.stdout == ""
+    assert str(again.exception).endswith("is there already; --overwrite replaces it")
 
 
 def test_the_command_says_what_is_wrong(tmp_path):

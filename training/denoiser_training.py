@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -263,6 +264,8 @@ def _check_output(output: Path, checkpoint: Path, resume: bool, overwrite: bool)
         raise ScanError(f"{checkpoint} holds a training already: --resume goes on, --overwrite starts anew")
     if not output.parent.is_dir():
         raise ScanError(f"there is no folder {output.parent}")
+    if not os.access(output.parent, os.W_OK):
+        raise ScanError(f"nothing may be written to {output.parent}")
 
 
 def _identity(

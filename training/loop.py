@@ -8,7 +8,6 @@ its own, so that a training that was stopped goes on as if it had not been, to t
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import signal
 import threading
@@ -30,8 +29,6 @@ from quantitron.recon.networks.conditional_unet import ConditionalUNet, UNetShap
 from quantitron.recon.networks.precision import autocast
 from quantitron.training.batch import Batch, Sampler, step_generator
 from quantitron.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
-
-logger = logging.getLogger("quantitron")
 
 Loss: TypeAlias = Callable[[ConditionalUNet, Batch], Tensor]
 """The number to make small."""
@@ -374,7 +371,6 @@ class _Interruption:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         self.asked = True
-        logger.info("a checkpoint is saved after this step")
         self._give_back()
 
     def _give_back(self) -> None:
