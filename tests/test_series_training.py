@@ -24,7 +24,14 @@ from quantitron.recon.data import Maps
 from quantitron.recon.networks.conditional_unet import ConditionalUNet, UNetShape
 from quantitron.recon.networks.trained_network import NetworkDescription, NetworkRequest, TrainedNetwork
 from quantitron.recon.priors.block_matching_denoiser import BlockMatchingDenoiser
-from quantitron.recon.priors.series_denoiser import ImageByImage, NetworkSeriesDenoiser, series_intensity
+from quantitron.recon.priors.network_denoiser import PatchwiseNetwork
+from quantitron.recon.priors.series_denoiser import (
+    ImageByImage,
+    NetworkSeriesDenoiser,
+    as_trained,
+    from_trained,
+    series_intensity,
+)
 from quantitron.recon.priors.variation_denoiser import VariationDenoiser
 from quantitron.recon.signal.fingerprint_dictionary import fingerprint_dictionary
 from quantitron.recon.solvers.arnet import ArtifactRemoval
@@ -228,6 +235,26 @@ def test_total_variation_plugged_in_beats_the_linear_estimate(noisy):
     assert percentage_error(maps, noisy, "t1") < 0.85 * percentage_error(linear, noisy, "t1")
     assert percentage_error(maps, noisy, "t2") < 0.95 * percentage_error(linear, noisy, "t2")
     assert maps.residual_to_noise == pytest.approx(1.0, abs=0.03)
+
+
+def test_a_network_of_slices_takes_volumes_slice_by_slice(noisy):
+    """Of its kernels the planes above and below never learned anything."""
+    trained = network_of(noisy, "series_denoiser")
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in trained.network.parameters():
+            weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+    volume = torch.randn(10, 3, 32, 32, generator=generator)
+    restored = NetworkSeriesDenoiser(trained)(volume, 0.02, torch.Generator())
+    scale = series_intensity(volume)
+    for number, slice_of_it in enumerate((volume / scale).split(1, dim=1)):
+        alone = PatchwiseNetwork(trained).denoise(slice_of_it[None], 0.02)[0]
+        torch.testing.assert_close(restored[:, number] / scale, alone[:, 0], rtol=1e-2, atol=1e-2)
+        assert float((alone - slice_of_it).abs().max()) > 0.05
+    assert from_trained(as_trained(volume, trained.description)).equal(volume)
+    deep = replace(trained.description, patch=(16, 32, 32))
+    assert as_trained(volume, deep).shape == (1, 10, 3, 32, 32)
+    assert from_trained(as_trained(volume, deep)).equal(volume)
 
 
 @pytest.mark.parametrize("denoiser", [VariationDenoiser(), BlockMatchingDenoiser()])

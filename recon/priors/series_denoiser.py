@@ -64,7 +64,8 @@ class NetworkSeriesDenoiser:
         """See ``SeriesDenoiser``. Also raises ValueError for a level far from those of the training."""
         scale = series_intensity(images)
         network = PatchwiseNetwork(self.trained, self.device)
-        denoised = network.denoise((images / scale)[None], level, None, generator)[0]
+        volumes = as_trained(images / scale, self.trained.description)
+        denoised = from_trained(network.denoise(volumes, level, None, generator))
         return denoised.to(images.device, images.dtype) * scale
 
 
@@ -84,6 +85,21 @@ class ImageByImage:
                 continue
             restored[number] = self.denoiser(image[None], noise / own, ("",), generator)[0]
         return restored
+
+
+def as_trained(images: Tensor, description: NetworkDescription) -> Tensor:
+    """A series as volumes (m, 2K, z, y, x): slice by slice for a network that never saw more than one.
+
+    Args:
+        images: (2K, z, y, x).
+        description: of the network.
+    """
+    return images.transpose(0, 1)[:, :, None] if description.patch[0] == 1 else images[None]
+
+
+def from_trained(volumes: Tensor) -> Tensor:
+    """The series (2K, z, y, x) of volumes as ``as_trained`` makes them."""
+    return volumes[:, :, 0].transpose(0, 1) if volumes.shape[2] == 1 else volumes[0]
 
 
 def check_series_network(description: NetworkDescription, kind: str) -> int:

@@ -22,7 +22,12 @@ from quantitron.recon.coefficient_basis import CoefficientBasis
 from quantitron.recon.data import Encoding, FingerprintProblem, Maps, Protocol
 from quantitron.recon.networks.trained_network import NetworkDescription, NetworkRequest, TrainedNetwork
 from quantitron.recon.priors.network_denoiser import PatchwiseNetwork
-from quantitron.recon.priors.series_denoiser import check_series_network, series_intensity
+from quantitron.recon.priors.series_denoiser import (
+    as_trained,
+    check_series_network,
+    from_trained,
+    series_intensity,
+)
 from quantitron.recon.solvers.fingerprint import FingerprintSolver
 from quantitron.recon.solvers.solver import Progress
 
@@ -99,5 +104,5 @@ class ArtifactRemoval(FingerprintSolver):
         series = form.images(images)
         scale = series_intensity(series) * axes.channels().to(series)
         network = PatchwiseNetwork(trained, problem.device)
-        change = network.map((series / scale)[None])[0].to(series)
+        change = from_trained(network.map(as_trained(series / scale, trained.description))).to(series)
         return form.replaced(images, series + scale * change)

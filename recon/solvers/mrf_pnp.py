@@ -138,7 +138,8 @@ class PlugAndPlay(FingerprintSolver):
             ValueError: if it is a network, and none or one for something else came with the problem.
         """
         if self.denoiser == "tv":
-            return ImageByImage(VariationDenoiser())
+            dx, dz, dy = estimate.voxel_size
+            return ImageByImage(VariationDenoiser(voxel_size=(dz, dy, dx)))
         if self.denoiser == "bm4d":
             return ImageByImage(BlockMatchingDenoiser())
         problem = estimate.problem
