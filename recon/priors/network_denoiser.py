@@ -29,7 +29,10 @@ BEYOND = 1.5
 """Factor by which a noise level may lie outside those that a network was trained on."""
 
 _BATCH_VOXELS = 1 << 19
-"""Voxels pushed through at once: about half a gigabyte of features in 32 channels."""
+"""Voxels pushed through at once: about half a gigabyte of features in 32 channels.
+
+No setting: libraries choose their kernels by the size of what they get, so that the last bits depend on it.
+"""
 
 
 def predicted_noise(
@@ -94,8 +97,6 @@ class PatchwiseNetwork:
     """Most voxels of a patch along (z, y, x); None: ``patch_size``, and slices up to 256 x 256 whole."""
     precision: str = "auto"
     """One of ``networks.precision.PRECISIONS``."""
-    batch_voxels: int = _BATCH_VOXELS
-    """Voxels pushed through at once. It bounds memory and changes nothing else."""
 
     def tiling(self, grid: Size, overlap: bool = False) -> Tiling:
         """How a volume is cut up.
@@ -104,11 +105,7 @@ class PatchwiseNetwork:
             ValueError: if it is smaller than any that the network was trained on.
         """
         description = self.trained.description
-        if any(size < least for size, least in zip(grid, description.least, strict=True)):
-            raise ValueError(
-                f"a volume of {_size(grid)} voxels (z, y, x) is smaller than {_size(description.least)}, the "
-                f"least that the {_spoken(description)} takes"
-            )
+        _check_grid(description, grid)
         patch = self.patch
         if patch is None:
             patch = patch_size(description)
@@ -180,11 +177,33 @@ class PatchwiseNetwork:
             raise ValueError("the images that a network is to restore hold values that are not finite")
         self.trained.network.to(self.device)
         with torch.inference_mode(), autocast(self.device, self.precision):
-            restored = patchwise(apply, volumes, tiling, shift, self.batch_voxels)
+            restored = patchwise(apply, volumes, tiling, shift, _BATCH_VOXELS)
         if not bool(restored.isfinite().all()):
             spoken = _spoken(self.trained.description)
             raise ValueError(f"the {spoken} returned values that are not finite")
         return restored.clone()  # no inference tensor: it may enter calculations with gradients
+
+
+def check_contrasts(
+    description: NetworkDescription, modalities: Sequence[str], levels: Sequence[float], grid: Size
+) -> None:
+    """Refuse a network that cannot denoise certain images, before there are any.
+
+    Args:
+        description: of the network.
+        modalities: of the images.
+        levels: of the noise.
+        grid: voxels (z, y, x).
+
+    Raises:
+        ValueError: if a modality or level is unknown to it, or the grid is smaller than it takes.
+    """
+    if description.modalities:
+        for modality in modalities:
+            _class_of(modality, description.modalities)
+    for level in levels:
+        nearest_level(description.noise_levels, level)
+    _check_grid(description, grid)
 
 
 @dataclass(frozen=True)
@@ -197,8 +216,6 @@ class NetworkDenoiser:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "auto"
     """One of ``networks.precision.PRECISIONS``."""
-    batch_voxels: int = _BATCH_VOXELS
-    """Voxels pushed through at once. It bounds memory and changes nothing else."""
 
     def __post_init__(self) -> None:
         """Refuse a network for something else.
@@ -223,9 +240,17 @@ class NetworkDenoiser:
         if known:
             classes = torch.tensor([_class_of(name, known) for name in modalities])
         scale = intensity(images)[:, None, None, None]
-        network = PatchwiseNetwork(self.trained, self.device, self.patch, self.precision, self.batch_voxels)
+        network = PatchwiseNetwork(self.trained, self.device, self.patch, self.precision)
         denoised = network.denoise((images / scale)[:, None], level, classes, generator)[:, 0]
         return denoised.to(images.device, images.dtype) * scale
+
+
+def _check_grid(description: NetworkDescription, grid: Size) -> None:
+    if any(size < least for size, least in zip(grid, description.least, strict=True)):
+        raise ValueError(
+            f"a volume of {_size(grid)} voxels (z, y, x) is smaller than {_size(description.least)}, the "
+            f"least that the {_spoken(description)} takes"
+        )
 
 
 def _class_of(modality: str, known: Sequence[str]) -> int:

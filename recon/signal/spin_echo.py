@@ -48,6 +48,22 @@ class SpinEchoProtocol:
                     f"{name}: a spin echo {te:g} s after the excitation does not fit a TR of {tr:g} s"
                 )
 
+    def only(self, modalities: tuple[str, ...]) -> SpinEchoProtocol:
+        """Some of the images.
+
+        Raises:
+            ValueError: if there is none of such a name.
+        """
+        for name in modalities:
+            if name not in self.modalities:
+                raise ValueError(f"there is no modality '{name}'; there are {', '.join(self.modalities)}")
+        places = [self.modalities.index(name) for name in modalities]
+        return SpinEchoProtocol(
+            modalities,
+            tuple(self.repetition_time[place] for place in places),
+            tuple(self.echo_time[place] for place in places),
+        )
+
 
 def spin_echo_signal(t1: Tensor, t2: Tensor, protocol: SpinEchoProtocol) -> Tensor:
     """Signals of unit proton density.

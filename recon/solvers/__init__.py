@@ -9,6 +9,7 @@ from quantitron.recon.solvers.lrtv import FingerprintTotalVariation, LowRankTota
 from quantitron.recon.solvers.model_based import ModelBased
 from quantitron.recon.solvers.mrf_admm import FingerprintAdmm
 from quantitron.recon.solvers.mrf_pnp import PlugAndPlay
+from quantitron.recon.solvers.mri2qmap import FingerprintMri2Qmap
 from quantitron.recon.solvers.solver import Solver
 from quantitron.recon.solvers.subspace import FingerprintSubspace, Subspace
 from quantitron.recon.solvers.summit import Summit
@@ -19,6 +20,7 @@ __all__ = [
     "ArtifactRemoval",
     "FingerprintAdmm",
     "FingerprintLocallyLowRank",
+    "FingerprintMri2Qmap",
     "FingerprintSubspace",
     "FingerprintTotalVariation",
     "JointINR",
@@ -47,6 +49,7 @@ SOLVERS: tuple[type[Solver], ...] = (
     FingerprintLocallyLowRank,
     FingerprintTotalVariation,
     FingerprintAdmm,
+    FingerprintMri2Qmap,
     JointINR,
     PlugAndPlay,
     ArtifactRemoval,
