@@ -332,7 +332,14 @@ def test_what_comes_out_says_what_went_in(data, tmp_path):
             assert noisy == sorted(noisy, reverse=True)
             assert noisy[-1] == pytest.approx(6.02, abs=0.3)  # noise of 0.5
     page = (tmp_path / "model.md").read_text()
-    for said in ("Made up for a test.", "5 T1w, 5 T2w, 5 PDw", card["data"]["sha256"], "torch", "| 0.5 |"):
+    for said in (
+        "Made up for a test.",
+        "5 T1w, 5 T2w, 5 PDw",
+        card["data"]["sha256"],
+        "torch",
+        "| 0.5 |",
+        "levels (0.02, 0.5, 5)",
+    ):
         assert said in page
     for text in (page, json.dumps(card), (tmp_path / "model.checkpoint" / STATE).read_text()):
         assert "sub-0" not in text

@@ -27,13 +27,14 @@ def card_text(name: str, description: NetworkDescription, checksum: str) -> str:
         "trained on": f"{volumes} volumes, {data.get('held_out')} held out (by {data.get('held_out_by')})",
         "checksum of the data": data.get("sha256"),
         "checksum of the weights": checksum,
-        "network": f"U-Net, channels {_list(shape.channels)}, {shape.blocks} blocks, attention on levels "
-        f"{_list(shape.attention) or 'none'}, {card.get('weights')} weights",
+        "network": f"U-Net, channels {_listed(shape.channels)}, {shape.blocks} blocks, attention on "
+        f"{'levels ' + _listed(shape.attention) if shape.attention else 'no level'}, "
+        f"{card.get('weights')} weights",
         "noise levels": f"{len(description.noise_levels)}, from {description.noise_levels[0]:g} to "
         f"{description.noise_levels[-1]:g}"
         if description.noise_levels
         else "none",
-        "patch": _list(description.patch),
+        "patch": " x ".join(map(str, description.patch)),
         "steps": f"{card.get('steps')} in {card.get('minutes')} minutes on {card.get('device')}",
         "last loss": card.get("loss"),
         "versions": ", ".join(f"{key} {value}" for key, value in dict(card.get("versions", {})).items()),
@@ -67,9 +68,9 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = _list(value) if isinstance(value, list | tuple) else str(value)
+            flat[f"{prefix}{key}"] = f"({_listed(value)})" if isinstance(value, list | tuple) else str(value)
     return flat
 
 
-def _list(values: Any) -> str:
-    return " x ".join(f"{value}" for value in values)
+def _listed(values: Any) -> str:
+    return ", ".join(str(value) for value in values)
