@@ -8,6 +8,8 @@ and the coarse grid takes in only what these samples tell.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,8 @@ from quantitron.recon.coefficient_basis import CoefficientBasis
 from quantitron.recon.coils import maps_of_block
 from quantitron.recon.data import Basis, TrajectoryKSpace, TrajectorySums
 from quantitron.recon.operators.fourier import centred_fft
-from quantitron.recon.operators.nonuniform_fourier import NonuniformFourier
+from quantitron.recon.operators.nonuniform_fourier import SINGLE_PRECISION, NonuniformFourier
+from quantitron.recon.operators.toeplitz import ToeplitzSense
 from quantitron.recon.trajectory_gram import sum_readouts
 
 COARSE = 32
@@ -45,33 +48,39 @@ def centre_block(sums: TrajectorySums, basis: CoefficientBasis, noise: float) ->
     significant = max(1, int((basis.variance > 0.01 * basis.variance[0]).sum()))
     mixing = basis.mixing[0, :, :significant]  # (l, k)
     grid = sums.grid
-    coarse = tuple(min(n, COARSE) for n in grid)
+    coarse = (min(grid[0], COARSE), min(grid[1], COARSE), min(grid[2], COARSE))
     scale = torch.tensor([n / m for n, m in zip(grid, coarse, strict=True)][::-1])  # x, y, z
     places = sums.trajectory * scale[: sums.trajectory.shape[1]]  # cycles per coarse voxel
     near = (places.square().sum(1).sqrt() <= 0.5).nonzero()[:, 0]
     if not len(near):
         raise ValueError("no sample lies near the k-space centre: no coil maps can be estimated")
-    fourier = NonuniformFourier(places[near], (coarse[0], coarse[1], coarse[2]))
+    centre = replace(sums, trajectory=places[near], readout=sums.readout[near], grid=coarse)
+    nz, ny, nx = coarse
+    one_coil = torch.ones(nx, 1, nz, ny, dtype=mixing.dtype)
+    # A convolution: its steps do not depend on the number of samples, of which 3D scans have millions here.
+    operator = ToeplitzSense(centre, one_coil, mixing)
+    fourier = NonuniformFourier(centre.trajectory, coarse, SINGLE_PRECISION)
     gram = mixing.mH @ sums.gram.to(mixing) @ mixing  # (g, k, k)
-    gram_at = gram[sums.readout[near]]  # (n, k, k)
-    samples = sums.projected.mixed(mixing, points=near).transpose(0, 1)  # (c, k, n)
     # Mean square signal of a sample, less noise, tells what to expect of the components.
-    trace = gram_at.diagonal(dim1=1, dim2=2).real.sum(1).clamp_min(1e-12)  # (n,)
-    power = float((samples.abs().square().sum((0, 1)) / trace).mean()) / samples.shape[0]
+    trace = gram.diagonal(dim1=1, dim2=2).real.sum(1).clamp_min(1e-12)[centre.readout]  # (n,)
+    channels = sums.projected.channels
+    right = mixing.new_empty(channels, nx, significant, nz, ny)
+    power = 0.0
+    for channel in range(channels):
+        samples = sums.projected.mixed(mixing, slice(channel, channel + 1), near)[:, 0]  # (k, n)
+        power += float((samples.abs().square().sum(0) / trace).mean()) / channels
+        right[channel] = fourier.adjoint(samples).permute(3, 0, 1, 2)
     time_points = sums.basis.contrast.shape[0]
     shares = basis.variance[:significant]
     expected = time_points * max(power / max(float(sums.count.float().mean()), 1.0), noise) * shares
-    penalty = (noise / expected).to(samples)[:, None, None, None]
+    penalty = (noise / expected).to(right)[:, None, None]
 
     def normal(images: Tensor) -> Tensor:
-        spectrum = fourier(images)  # (c, k, n)
-        spectrum = torch.einsum("njk,ckn->cjn", gram_at, spectrum)
-        return fourier.adjoint(spectrum) + penalty * images
+        return torch.stack([operator(image) for image in images]) + penalty * images
 
-    right = fourier.adjoint(samples)  # (c, k, z, y, x)
     images = conjugate_gradient(
         normal, right, start=None, preconditioner=lambda r: r, iterations=ITERATIONS, tolerance=1e-4
-    )
+    ).permute(0, 2, 3, 4, 1)  # (c, k, z, y, x)
     block = centred_fft(images, (2, 3, 4)).transpose(0, 1)
     for axis, length in enumerate(coarse):
         kept = min(length, KEPT) if length == COARSE else length
@@ -80,7 +89,11 @@ def centre_block(sums: TrajectorySums, basis: CoefficientBasis, noise: float) ->
 
 
 def trajectory_coil_maps(
-    sums: TrajectorySums, basis: CoefficientBasis, noise: float, calibration: TrajectoryKSpace | None
+    sums: TrajectorySums,
+    basis: CoefficientBasis,
+    noise: float,
+    calibration: TrajectoryKSpace | None,
+    block: Tensor | None = None,
 ) -> Tensor:
     """Coil maps of a slice, from its calibration readouts or else from its own k-space centre.
 
@@ -89,6 +102,7 @@ def trajectory_coil_maps(
         basis: with mixing (1, l, k).
         noise: variance of one sample.
         calibration: calibration readouts, or None.
+        block: ``centre_block`` of the slice, where it is at hand.
 
     Returns:
         csm (x, c, z, y) complex64 of unit root-sum-of-squares; ones for a single coil.
@@ -108,4 +122,7 @@ def trajectory_coil_maps(
             sums = sum_readouts(calibration, constant)
         else:
             sums = sum_readouts(calibration, sums.basis)
-    return maps_of_block(centre_block(sums, basis, noise), (nz, ny, nx))
+        block = None
+    if block is None:
+        block = centre_block(sums, basis, noise)
+    return maps_of_block(block, (nz, ny, nx))

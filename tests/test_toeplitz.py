@@ -282,3 +282,23 @@ def test_measured_spirals() -> None:
     phi, wide = basis.contrast.to(torch.complex128), csm.to(torch.complex128)
     expected = adjoint(kspace, phi, wide, predicted(kspace, phi, wide, u.to(torch.complex128)))
     assert relative(operator(u).to(torch.complex128), expected) < 1e-5
+
+
+@pytest.mark.parametrize("complex_basis", [False, True])
+def test_threads_that_share_the_kernels_change_no_bit(complex_basis: bool) -> None:
+    kspace, basis = scan(spirals(3, 40), (1, 8, 8), 7, 2, 3, complex_basis)
+    sums = sum_readouts(kspace, basis)
+    maps = torch.ones(8, 1, 1, 8, dtype=torch.complex64)
+    images = torch.randn(8, 3, 1, 8, dtype=torch.complex64)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            operator = ToeplitzSense(sums, maps, torch.eye(3))
+            torch.set_num_threads(1)
+            found.append(operator(images))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])

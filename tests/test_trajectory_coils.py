@@ -7,15 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 from fingerprint_scan import FingerprintScan, arms, fingerprint_scan
+from spirals import scan as scan_along
+from spirals import spirals
 from torch import Tensor
 
+from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
 from quantitron.recon.coefficient_basis import CoefficientBasis
 from quantitron.recon.coils import energy_on_grid
 from quantitron.recon.data import TrajectoryKSpace, TrajectorySums
 from quantitron.recon.fingerprint_basis import fingerprint_basis
 from quantitron.recon.noise import trajectory_noise_variance
+from quantitron.recon.operators.fourier import centred_fft
 from quantitron.recon.operators.nonuniform_fourier import NonuniformFourier
-from quantitron.recon.trajectory_coils import centre_block, trajectory_coil_maps
+from quantitron.recon.trajectory_coils import ITERATIONS, centre_block, trajectory_coil_maps
 from quantitron.recon.trajectory_gram import sum_readouts
 
 TISSUE = {"t1": (0.4, 4.5), "t2": (0.03, 0.5)}
@@ -146,3 +150,35 @@ def test_noise_is_found_at_the_edge_of_k_space(variance):
     assert trajectory_noise_variance(sums) == pytest.approx(variance, rel=0.1)
     strong, _ = summed(fingerprint_scan(n=64, pd=400.0, noise=variance**0.5))
     assert trajectory_noise_variance(strong) > 0.97 * variance
+
+
+def test_the_centre_of_tilted_readouts_is_that_of_every_sample_by_itself():
+    """A convolution in the place of transforms onto all samples, and data that are never formed."""
+    grid, points, coils, rank = (6, 10, 8), 40, 2, 2
+    generator = torch.Generator().manual_seed(4)
+    distinct = torch.cat([spirals(points, 50), torch.zeros(points, 50, 1)], 2)
+    turn = torch.linalg.qr(torch.randn(points, 3, 3, generator=generator))[0]
+    kspace, basis = scan_along((distinct @ turn).clamp(-0.5, 0.5), grid, points, coils, rank)
+    sums = sum_readouts(kspace, basis)
+    mixing = torch.eye(rank, dtype=torch.complex64)
+    shares = torch.tensor([0.7, 0.3])
+    found = centre_block(sums, CoefficientBasis(mixing[None], shares, 1.0), 1.0)  # (k, c, z, y, x)
+
+    near = kspace.trajectory.norm(dim=1) <= 0.5
+    row = basis.contrast.repeat_interleave(50, 0)[near].to(torch.complex64)  # (n, k)
+    fourier = NonuniformFourier(kspace.trajectory[near], grid)
+    samples = kspace.samples[:, near]
+    power = (samples.abs().square() * 1.0).mean()
+    penalty = (1 / (points * power.clamp_min(1) * shares))[:, None, None, None]
+
+    def normal(images: Tensor) -> Tensor:  # (c, k, z, y, x)
+        signal = torch.einsum("nk,ckn->cn", row, fourier(images))
+        return fourier.adjoint(row.T.conj() * signal[:, None]) + penalty * images
+
+    right = fourier.adjoint(row.T.conj() * samples[:, None])
+    images = conjugate_gradient(
+        normal, right, start=None, preconditioner=lambda r: r, iterations=ITERATIONS, tolerance=1e-4
+    )
+    expected = centred_fft(images, (2, 3, 4)).transpose(0, 1)
+    assert found.shape == expected.shape
+    assert float((found - expected).norm() / expected.norm()) < 1e-3

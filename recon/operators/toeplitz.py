@@ -132,29 +132,39 @@ class ToeplitzSense(LinearOperator):
         centre = gram.new_empty(rank, rank)
         pairs = [(i, j) for i in range(rank) for j in range(i, rank)]
         together = 2 if real else 1  # two real spectra are real and imaginary part of one transform
-        for first in range(0, len(pairs), together):
-            chosen = pairs[first : first + together]
-            columns = [gram[:, i, j].to(torch.complex128) for i, j in chosen]
-            column = columns[0] + 1j * columns[1] if len(chosen) == 2 else columns[0]
-            kernel = (fourier.adjoint(column[points] * weights) * scale).permute(2, 0, 1)  # (x, z, y)
-            for axis in (axis for axis, doubled in enumerate(self._doubled) if doubled):
-                kernel.select(axis, 0).zero_()  # the difference -n, which has no opposite and never occurs
-            kernel = torch.fft.ifftshift(kernel, dim=self._axes)
-            # The inverse transform's factor is taken along.
-            spectrum = torch.fft.fftn(kernel, dim=self._axes, norm="forward")
-            for index, (i, j) in enumerate(chosen):
-                value = kernel[0, 0, 0]
-                value = (value.imag if index else value.real) if real else value
-                centre[i, j], centre[j, i] = value, value.conj()
-                for coset, table in zip(self._cosets, spectra, strict=True):
-                    every = [slice(odd, None, 1 + two) for odd, two in zip(coset, self._doubled, strict=True)]
-                    part = spectrum[every[0], every[1], every[2]]
-                    if real:
-                        part = (part.imag if index else part.real)[..., None]
-                    elif i == j:
-                        part = part.real
-                    table[j][i], table[i][j] = part, part.conj()
+        # Each thread makes whole transforms: as many at once as there are threads.
+        transforms = [pairs[first : first + together] for first in range(0, len(pairs), together)]
+        at_once = 1 if device.type == "cuda" else torch.get_num_threads()
+        for start in range(0, len(transforms), at_once):
+            batch = transforms[start : start + at_once]
+            columns = torch.stack([_as_one([gram[:, i, j] for i, j in chosen]) for chosen in batch])  # (b, g)
+            kernels = fourier.adjoint(columns[:, points] * weights) * scale
+            for chosen, kernel in zip(batch, kernels.permute(0, 3, 1, 2), strict=True):  # (x, z, y)
+                self._keep(chosen, kernel, spectra, centre)
         return spectra, centre
+
+    def _keep(
+        self, pairs: list[tuple[int, int]], kernel: Tensor, spectra: list[list[Tensor]], centre: Tensor
+    ) -> None:
+        """Put the spectra of one kernel (x, z, y), of one pair or of two real ones, in their places."""
+        real = not centre.is_complex()
+        for axis in (axis for axis, doubled in enumerate(self._doubled) if doubled):
+            kernel.select(axis, 0).zero_()  # the difference -n, which has no opposite and never occurs
+        kernel = torch.fft.ifftshift(kernel, dim=self._axes)
+        # The inverse transform's factor is taken along.
+        spectrum = torch.fft.fftn(kernel, dim=self._axes, norm="forward")
+        for index, (i, j) in enumerate(pairs):
+            value = kernel[0, 0, 0]
+            value = (value.imag if index else value.real) if real else value
+            centre[i, j], centre[j, i] = value, value.conj()
+            for coset, table in zip(self._cosets, spectra, strict=True):
+                every = [slice(odd, None, 1 + two) for odd, two in zip(coset, self._doubled, strict=True)]
+                part = spectrum[every[0], every[1], every[2]]
+                if real:
+                    part = (part.imag if index else part.real)[..., None]
+                elif i == j:
+                    part = part.real
+                table[j][i], table[i][j] = part, part.conj()
 
     def _within_span(self, mixing: Tensor) -> Tensor:
         """(l, k) -> (r, k)."""
@@ -294,6 +304,12 @@ def _fourier(sums: TrajectorySums, csm: Tensor) -> NonuniformFourier:
     # Far below the noise; the residual is no more than a difference of sums over all samples.
     tolerance = 1e-12 if csm.dtype == torch.complex128 else SINGLE_PRECISION
     return NonuniformFourier(sums.trajectory.to(csm.device), sums.grid, tolerance)
+
+
+def _as_one(columns: list[Tensor]) -> Tensor:
+    """One complex column (g,), or two real ones as its real and imaginary part."""
+    parts = [column.to(torch.complex128) for column in columns]
+    return parts[0] + 1j * parts[1] if len(parts) == 2 else parts[0]
 
 
 def _mix(kernels: list[Tensor], spectrum: Tensor, out: Tensor) -> None:

@@ -106,8 +106,9 @@ class FingerprintMethod(Solver):
             problem.basis, problem.dictionary, {"t1": self.t1_range, "t2": self.t2_range}, problem.b1
         )
         progress("coil maps", 0.02)
-        csm = trajectory_coil_maps(sums, basis, noise, problem.calibration)
-        energy = energy_on_grid(centre_block(sums, basis, noise), sums.grid)  # (z, y, x)
+        centre = centre_block(sums, basis, noise)
+        csm = trajectory_coil_maps(sums, basis, noise, problem.calibration, centre)
+        energy = energy_on_grid(centre, sums.grid)  # (z, y, x)
         return Prepared(sums, basis, noise, csm.to(problem.device), with_floor(energy))
 
     def matched(
