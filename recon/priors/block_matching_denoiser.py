@@ -36,7 +36,7 @@ class BlockMatchingDenoiser:
     """Blocks in a stack of the first and of the second stage, powers of two; in slices twice as many."""
     stride: int = 3
     """Voxels from one reference block to the next."""
-    reach: int = 4
+    reach: int = 5
     """Most voxels, along each axis, from a block to one of its stack; in slices twice as many."""
 
     def __post_init__(self) -> None:
