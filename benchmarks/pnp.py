@@ -192,7 +192,8 @@ def run(table: Table, case: Case, name: str, raw: Path, pipelines: Iterable[tupl
         try:
             seconds, memory = measured_replay(raw, method, maps, settings)
         except SystemExit as failure:
-            table.add([*case.key(name), f"`{label}`", f"failed: {failure}"], row | {"failed": str(failure)})
+            why = str(failure).rpartition(" ended with ")[2]
+            table.add([*case.key(name), f"`{label}`", f"failed: {why}"], row | {"failed": why})
             continue
         result = judge(maps, raw, dictionary)
         errors = {role: 100 * result["mape"][role] for role in ROLES}

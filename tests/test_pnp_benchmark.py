@@ -23,6 +23,7 @@ from quantitron.recon.signal.fisp_mrf import contrast_signal
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import pnp
 from map_judgement import fingerprints, judge
+from measured_replay import measured_replay
 from part_costs import part_costs, peak_memory
 
 POINTS = 30
@@ -163,7 +164,7 @@ def test_a_pipeline_that_fails_has_a_row_and_the_others_run(scan, tmp_path, monk
 
     def replayed(_raw, method, maps, settings):
         if method == "arnet":
-            raise SystemExit("it ended with status 1")
+            raise SystemExit("replay of a file ended with status 1: no weights")
         assert settings == (["reconstruct.rounds=3"] if method == "llr" else [])
         maps.unlink(missing_ok=True)
         changed(raw, maps, T1={"lrtv": 1.2, "llr": 1.05}[method])
@@ -179,12 +180,21 @@ def test_a_pipeline_that_fails_has_a_row_and_the_others_run(scan, tmp_path, monk
     assert [row["label"] for row in rows] == ["lrtv", "arnet", "fewer"]
     assert rows[0]["of_reference"] == 1
     assert rows[2]["of_reference"] == pytest.approx(0.25, rel=1e-3)
-    assert rows[1]["failed"] == "it ended with status 1"
+    assert rows[1]["failed"] == "status 1: no weights"
     assert table.failed()
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 5
-    assert "| `arnet` | failed: it ended with status 1 |" in printed[3]
+    assert "| `arnet` | failed: status 1: no weights |" in printed[3]
     assert all(line.count("|") == len(pnp.HEAD) + 1 for line in (printed[0], printed[2], printed[4]))
+
+
+def test_a_failed_replay_says_why(tmp_path, monkeypatch):
+    program = tmp_path / "quantitron"
+    program.write_text("#!/bin/sh\necho reading >&2\necho 'quantitron: no such scan' >&2\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("shutil.which", lambda *_, **__: str(program))
+    with pytest.raises(SystemExit, match=r"ended with status 3: quantitron: no such scan$"):
+        measured_replay(tmp_path / "raw.h5", "subspace", tmp_path / "maps.h5", [])
 
 
 def test_ablations_change_one_thing_each(monkeypatch):
