@@ -8,9 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantitron.recon.data import ReducedKSpace, TrajectorySums
+from quantitron.recon.data import Basis, ReducedKSpace, TrajectoryKSpace
+from quantitron.recon.trajectory_gram import readout_groups
+from quantitron.recon.trajectory_sums import TrajectorySums
 
 _QUANTILE = 0.1
+_LEAST_FREEDOMS = 1000
+"""Numbers outside the basis that tell the noise to 3 %."""
 _MOST_POINTS = 200_000
 """Points of a trajectory that are looked at; more tell the quantile no better."""
 
@@ -41,11 +45,17 @@ def noise_variance(reduced: ReducedKSpace, outermost: float = 0.15) -> float:
     return _from_sums(weight, reduced.projected[chosen])
 
 
-def trajectory_noise_variance(sums: TrajectorySums, outermost: float = 0.15) -> float:
-    """Noise variance E|n|^2 of one sample of a scan on any trajectory, likewise.
+def trajectory_noise_variance(
+    sums: TrajectorySums, kspace: TrajectoryKSpace | None = None, outermost: float = 0.15
+) -> float:
+    """Noise variance E|n|^2 of one sample of a scan on any trajectory.
+
+    Readouts of equal trajectory that are more than the components of the basis leave a part outside of it in
+    which there is no signal, but for what the basis lacks. Where there are none, as ``noise_variance``.
 
     Args:
         sums: of one slice.
+        kspace: its readouts, where they are at hand.
         outermost: share of the points that is used, those furthest from the centre.
 
     Returns:
@@ -53,11 +63,40 @@ def trajectory_noise_variance(sums: TrajectorySums, outermost: float = 0.15) -> 
     """
     radius = sums.trajectory.double().square().sum(1)
     edge = torch.quantile(radius[:: max(1, len(radius) // 1_000_000)], 1 - outermost)
+    if kspace is not None:
+        energy, freedoms = _outside_the_basis(kspace, sums.basis, float(edge))
+        if freedoms >= _LEAST_FREEDOMS:
+            return energy / freedoms
     chosen = (radius >= edge).nonzero()[:, 0]
     chosen = chosen[:: max(1, len(chosen) // _MOST_POINTS)]
     weight = sums.gram.diagonal(dim1=1, dim2=2).real[sums.readout[chosen]]  # (point, l)
     components = torch.eye(weight.shape[1], dtype=sums.projected.alone.dtype)
     return _from_sums(weight, sums.projected.mixed(components, points=chosen).permute(2, 0, 1)[..., None])
+
+
+def _outside_the_basis(kspace: TrajectoryKSpace, basis: Basis, edge: float) -> tuple[float, int]:
+    """Energy of the samples outside the basis, and of how many independent numbers it is the sum.
+
+    Args:
+        kspace: readouts of one slice.
+        basis: temporal basis.
+        edge: square of the distance from the k-space centre beyond which samples are taken.
+    """
+    starts = kspace.readout_length.cumsum(0) - kspace.readout_length
+    energy, freedoms = 0.0, 0
+    for members in readout_groups(kspace):
+        if len(members) <= basis.rank:
+            continue
+        length, first = int(kspace.readout_length[members[0]]), int(starts[members[0]])
+        outer = kspace.trajectory[first : first + length].double().square().sum(1) >= edge
+        places = outer.nonzero()[:, 0]
+        readouts = torch.stack([kspace.samples[:, start + places] for start in starts[members].tolist()])
+        inside = torch.linalg.qr(basis.contrast[kspace.time_point[members]].to(readouts))[0]  # (t, l)
+        readouts = readouts.flatten(1)
+        rest = (readouts - inside @ (inside.mH @ readouts)).abs().square().sum(0)  # (c p,)
+        energy += float(rest.sum(dtype=torch.float64))
+        freedoms += (len(members) - basis.rank) * int((rest > 0).sum())  # a dead channel tells nothing
+    return energy, freedoms
 
 
 def _from_sums(weight: Tensor, projected: Tensor) -> float:

@@ -16,11 +16,12 @@ from torch import Tensor
 from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
 from quantitron.recon.coefficient_basis import CoefficientBasis
 from quantitron.recon.coils import maps_of_block
-from quantitron.recon.data import Basis, TrajectoryKSpace, TrajectorySums
+from quantitron.recon.data import Basis, TrajectoryKSpace
 from quantitron.recon.operators.fourier import centred_fft
 from quantitron.recon.operators.nonuniform_fourier import SINGLE_PRECISION, NonuniformFourier
 from quantitron.recon.operators.toeplitz import ToeplitzSense
 from quantitron.recon.trajectory_gram import sum_readouts
+from quantitron.recon.trajectory_sums import TrajectorySums
 
 COARSE = 32
 """Voxels of the coarse grid along an axis, at most."""

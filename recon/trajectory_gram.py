@@ -11,9 +11,10 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from quantitron.recon.data import Basis, ProjectedSamples, TrajectoryKSpace, TrajectorySums
+from quantitron.recon.data import Basis, TrajectoryKSpace
+from quantitron.recon.trajectory_sums import ProjectedSamples, TrajectorySums
 
-__all__ = ["TrajectorySums", "sum_readouts"]
+__all__ = ["TrajectorySums", "readout_groups", "sum_readouts"]
 
 
 def sum_readouts(kspace: TrajectoryKSpace, basis: Basis) -> TrajectorySums:
@@ -41,7 +42,7 @@ def sum_readouts(kspace: TrajectoryKSpace, basis: Basis) -> TrajectorySums:
         )
     ends = kspace.readout_length.cumsum(0)
     starts = ends - kspace.readout_length  # (readout,)
-    groups = _groups(kspace.trajectory, starts.tolist(), ends.tolist())
+    groups = readout_groups(kspace)
     firsts = torch.tensor([members[0] for members in groups])
     lengths = kspace.readout_length[firsts]  # (g,)
     points = _ranges(starts[firsts], lengths)  # (n,)
@@ -86,11 +87,13 @@ def sum_readouts(kspace: TrajectoryKSpace, basis: Basis) -> TrajectorySums:
     )
 
 
-def _groups(trajectory: Tensor, starts: list[int], ends: list[int]) -> list[list[int]]:
+def readout_groups(kspace: TrajectoryKSpace) -> list[list[int]]:
     """Numbers of the readouts of each distinct trajectory: of those that repeat, then of all others."""
     found: dict[bytes, list[int]] = {}
-    points = trajectory.detach().cpu().contiguous().numpy()
-    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+    ends = kspace.readout_length.cumsum(0)
+    starts = (ends - kspace.readout_length).tolist()
+    points = kspace.trajectory.detach().cpu().contiguous().numpy()
+    for number, (start, end) in enumerate(zip(starts, ends.tolist(), strict=True)):
         # 16 bytes of a cryptographic hash: two trajectories never share one.
         key = blake2b(points[start:end].tobytes(), digest_size=16).digest()
         found.setdefault(key, []).append(number)

@@ -30,7 +30,8 @@ LAYERS_OF_RECON = {
     "algorithms": {"algorithms"},
     "metrics": set[str](),
     "device": set[str](),
-    "operators": {"operators", "data"},
+    "trajectory_sums": {"data"},
+    "operators": {"operators", "data", "trajectory_sums"},
     "signal": {"signal", "data"},
 }
 """Parts of recon at the bottom -> parts of recon that they may import. The others stand between these and the

@@ -10,12 +10,13 @@ import torch
 from spirals import scan, spirals
 from torch import Tensor
 
-from quantitron.recon.data import Basis, ProjectedSamples, TrajectorySums
+from quantitron.recon.data import Basis
 from quantitron.recon.operators.density_compensation import density_weights
 from quantitron.recon.operators.nonuniform_fourier import NonuniformFourier
 from quantitron.recon.operators.subspace_density import unmixed_data
 from quantitron.recon.operators.toeplitz import adjoint_images
 from quantitron.recon.trajectory_gram import sum_readouts
+from quantitron.recon.trajectory_sums import ProjectedSamples, TrajectorySums
 
 N, SPOKES, POINTS, RANK = 32, 64, 64, 2
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
 from quantitron.recon.coefficient_basis import CoefficientBasis
 from quantitron.recon.coils import energy_on_grid
-from quantitron.recon.data import TrajectoryKSpace, TrajectorySums
+from quantitron.recon.data import TrajectoryKSpace
 from quantitron.recon.fingerprint_basis import fingerprint_basis
 from quantitron.recon.noise import trajectory_noise_variance
 from quantitron.recon.operators.fourier import centred_fft
 from quantitron.recon.operators.nonuniform_fourier import NonuniformFourier
 from quantitron.recon.trajectory_coils import ITERATIONS, centre_block, trajectory_coil_maps
 from quantitron.recon.trajectory_gram import sum_readouts
+from quantitron.recon.trajectory_sums import TrajectorySums
 
 TISSUE = {"t1": (0.4, 4.5), "t2": (0.03, 0.5)}
 
@@ -182,3 +183,21 @@ def test_the_centre_of_tilted_readouts_is_that_of_every_sample_by_itself():
     expected = centred_fft(images, (2, 3, 4)).transpose(0, 1)
     assert found.shape == expected.shape
     assert float((found - expected).norm() / expected.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("pd", [40.0, 400.0, 4000.0])
+def test_noise_outside_the_basis_is_that_of_the_scan_however_strong_the_signal(pd):
+    """1.2 at most, where the edge of k-space alone gives a hundred times the variance."""
+    scan = fingerprint_scan(n=48, pd=pd, noise=1.0, rank=10)
+    kspace = scan.problem.kspace
+    kspace.samples[1] = 0  # a dead channel
+    sums = sum_readouts(kspace, scan.problem.dictionary.basis(5))
+    assert trajectory_noise_variance(sums, kspace) == pytest.approx(1, rel=0.05 if pd < 4000 else 0.3)
+    if pd == 4000:
+        assert trajectory_noise_variance(sums) > 2
+
+
+def test_noise_of_readouts_that_do_not_repeat_is_that_at_the_edge():
+    scan = fingerprint_scan(noise=1.0, distinct=spirals(60, 100))
+    sums, _ = summed(scan)
+    assert trajectory_noise_variance(sums, scan.problem.kspace) == trajectory_noise_variance(sums)

@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantitron.recon.data import ProjectedSamples, TrajectorySums
 from quantitron.recon.operators.nonuniform_fourier import NonuniformFourier
+from quantitron.recon.trajectory_sums import ProjectedSamples, TrajectorySums
 
 _TOLERANCE = 1e-4
 """Of the transforms that average over neighbours."""

@@ -23,9 +23,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from quantitron.recon.data import TrajectorySums
 from quantitron.recon.operators.linear_operator import LinearOperator
 from quantitron.recon.operators.nonuniform_fourier import SINGLE_PRECISION, NonuniformFourier
+from quantitron.recon.trajectory_sums import TrajectorySums
 
 
 class ToeplitzSense(LinearOperator):

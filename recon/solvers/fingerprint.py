@@ -22,7 +22,7 @@ from torch import Tensor
 
 from quantitron.recon.coefficient_basis import CoefficientBasis, learnt_basis
 from quantitron.recon.coils import energy_on_grid
-from quantitron.recon.data import FingerprintProblem, Maps, TrajectorySums
+from quantitron.recon.data import FingerprintProblem, Maps
 from quantitron.recon.fingerprint_basis import fingerprint_basis
 from quantitron.recon.fingerprint_maps import fingerprint_maps
 from quantitron.recon.masks import signal_mask
@@ -33,6 +33,7 @@ from quantitron.recon.solvers.coefficient_solver import CoefficientEstimate, Coe
 from quantitron.recon.solvers.solver import Progress, Solver
 from quantitron.recon.trajectory_coils import centre_block, trajectory_coil_maps
 from quantitron.recon.trajectory_gram import sum_readouts
+from quantitron.recon.trajectory_sums import TrajectorySums
 
 DETECTABLE = 0.03
 """Expected energy of a component over that of the noise in its image, below which it is left out: it would
@@ -101,7 +102,7 @@ class FingerprintMethod(Solver):
         """Sum the readouts, and find what the scan tells without an estimate."""
         progress("summing readouts", 0.0)
         sums = sum_readouts(problem.kspace, problem.basis)
-        noise = 1.0 if problem.noise_known else trajectory_noise_variance(sums)
+        noise = 1.0 if problem.noise_known else trajectory_noise_variance(sums, problem.kspace)
         basis = fingerprint_basis(
             problem.basis, problem.dictionary, {"t1": self.t1_range, "t2": self.t2_range}, problem.b1
         )

@@ -15,11 +15,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from quantitron.recon.data import Encoding, FingerprintProblem, Maps, Protocol, TrajectorySums
+from quantitron.recon.data import Encoding, FingerprintProblem, Maps, Protocol
 from quantitron.recon.operators.density_compensation import density_weights
 from quantitron.recon.operators.toeplitz import adjoint_images
 from quantitron.recon.solvers.fingerprint import FingerprintMethod, Prepared
 from quantitron.recon.solvers.solver import Progress
+from quantitron.recon.trajectory_sums import TrajectorySums
 
 
 @dataclass(frozen=True)
