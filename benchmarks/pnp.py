@@ -21,7 +21,7 @@ code is 1 then.
 
 ablation: mri2qmap without each modality in turn; fixed and annealed schedules from several first levels over
 several numbers of rounds; conjugate gradient steps a round; all atoms against groups; TV and BM4D in place
-of the network.
+of the network; start, prior and weights as published.
 
 parts: one reconstruction by mri2qmap (or what --base names) in this process: seconds and peak memory, of the
 GPU where there is one, of each step.
@@ -241,10 +241,18 @@ def iterations(_settings: dict[str, object], arguments: argparse.Namespace) -> I
 
 
 def matching(settings: dict[str, object], _arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """All atoms, and the groups of the preset (or of the paper, where that has none)."""
-    yield "all atoms", "match_groups=0"
-    groups = settings["match_groups"] or 100
-    yield f"{groups} groups", f"match_groups={groups}"
+    """All atoms where the preset has groups, else the paper's number of groups."""
+    yield ("all atoms", "match_groups=0") if settings["match_groups"] else ("100 groups", "match_groups=100")
+
+
+def published(_settings: dict[str, object], _arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """What is done in another way than the paper has it, each in its way, then all."""
+    start, prior = "start=least_squares", "field_share=0"
+    weights = "+".join(f"{modality.lower()}_weight=1" for modality in MODALITIES)
+    yield "start as published", start
+    yield "no prior of the field", prior
+    yield "weights as published", weights
+    yield "all as published", f"{start}+{prior}+{weights}"
 
 
 def denoiser(settings: dict[str, object], _arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
@@ -254,7 +262,9 @@ def denoiser(settings: dict[str, object], _arguments: argparse.Namespace) -> Ite
             yield f"{name}", f"denoiser={name}"
 
 
-ABLATIONS = {part.__name__: part for part in (modalities, schedule, iterations, matching, denoiser)}
+ABLATIONS = {
+    part.__name__: part for part in (modalities, schedule, iterations, matching, denoiser, published)
+}
 
 
 def ablations(arguments: argparse.Namespace) -> list[tuple[str, str]]:

@@ -220,10 +220,13 @@ def test_ablations_change_one_thing_each(monkeypatch):
         "mri2qmap:first_level=0.2+rounds=10",
         "mri2qmap:iterations=1",
         "mri2qmap:match_groups=0",
-        "mri2qmap:match_groups=256",
         "mri2qmap:denoiser=bm4d",
         "mri2qmap:denoiser=tv",
     ]
+    settings["match_groups"], arguments.only = 0, "matching,published"
+    changes = [pipeline.removeprefix("mri2qmap:") for _, pipeline in pnp.ablations(arguments)[2:]]
+    assert changes[:3] == ["match_groups=100", "start=least_squares", "field_share=0"]
+    assert changes[4] == "+".join(changes[1:4])
     arguments.only = "modality"
     with pytest.raises(SystemExit, match="there is no ablation 'modality'"):
         pnp.ablations(arguments)
@@ -271,6 +274,19 @@ def test_costs_of_the_parts_of_a_replay(scan, tmp_path, monkeypatch, capsys):
 
 def replay_with_small_dictionary(raw, method, maps, settings, overwrite):
     return replay(raw, method, maps, [*settings, "basis.t1_points=40", "basis.t2_points=40"], overwrite)
+
+
+def test_ablations_are_settings_that_the_pipeline_has():
+    """Those that ship; a property that no longer exists would fail only after hours."""
+    settings = pnp.preset("mri2qmap")
+    arguments = argparse.Namespace(
+        base="mri2qmap", only=",".join(pnp.ABLATIONS), levels="fixed,0.5", rounds="5", iterations="20"
+    )
+    for _, pipeline in pnp.ablations(arguments)[2:]:
+        for change in pnp.settings_of(pipeline)[1]:
+            name, _, value = change.removeprefix("reconstruct.").partition("=")
+            kind = type(settings[name])
+            assert kind(value) == value or math.isclose(float(value), float(kind(value)))
 
 
 class Works:
