@@ -138,12 +138,12 @@ def test_levels_below_zero_are_refused(denoiser):
 @pytest.mark.parametrize(
     ("denoiser", "grid", "level", "gain"),
     [
-        (VariationDenoiser(), (1, 64, 64), 0.05, 4.0),
-        (VariationDenoiser(), (1, 64, 64), 0.2, 6.0),
-        (VariationDenoiser(), (16, 40, 40), 0.1, 6.0),
-        (BlockMatchingDenoiser(), (1, 64, 64), 0.05, 4.0),
-        (BlockMatchingDenoiser(), (1, 64, 64), 0.2, 6.0),
-        (BlockMatchingDenoiser(), (16, 40, 40), 0.1, 6.0),
+        (VariationDenoiser(), (1, 64, 64), 0.05, 5.5),
+        (VariationDenoiser(), (1, 64, 64), 0.2, 9.0),
+        (VariationDenoiser(), (16, 40, 40), 0.1, 7.0),
+        (BlockMatchingDenoiser(), (1, 64, 64), 0.05, 6.0),
+        (BlockMatchingDenoiser(), (1, 64, 64), 0.2, 9.0),
+        (BlockMatchingDenoiser(), (16, 40, 40), 0.1, 7.0),
     ],
 )
 def test_denoising_gains(denoiser, grid, level, gain):
@@ -151,7 +151,6 @@ def test_denoising_gains(denoiser, grid, level, gain):
     noisy = truth + level * torch.randn(grid, generator=_generator())
     relative = level / float(intensity(noisy[None]))
     denoised = denoiser(noisy[None], relative, ("T1w",), _generator())[0]
-    print(type(denoiser).__name__, grid, level, psnr(denoised, truth) - psnr(noisy, truth))
     assert psnr(denoised, truth) > psnr(noisy, truth) + gain
 
 

@@ -69,49 +69,40 @@ class BlockGrid:
             for count, step in zip(references, self.stride, strict=True)
         ]
         place = _flat(firsts, self.grid)
-        offsets = list(
-            itertools.product(
-                *(
-                    range(-min(r, s - 1), min(r, s - 1) + 1)
-                    for r, s in zip(self.reach, self.grid, strict=True)
-                )
-            )
-        )
-        jumps = torch.tensor(
-            [(z * self.grid[1] + y) * self.grid[2] + x for z, y, x in offsets], device=volume.device
-        )
+        reach = tuple(min(r, size - 1) for r, size in zip(self.reach, self.grid, strict=True))
+        jumps = _flat([torch.arange(-r, r + 1, device=volume.device) for r in reach], self.grid)
         # Blocks that reach out of the volume are infinitely different.
         around = functional.pad(
-            volume, [r for reach in reversed(self.reach) for r in (reach, reach)], value=torch.inf
+            volume, [r for each in reversed(reach) for r in (each, each)], value=torch.inf
         )
+        around = around.unfold(2, self.grid[2], 1).movedim(2, 0)  # (shift along x, z, y, x), a view
         plane = references[1] * references[2]
-        planes = max(1, _DISTANCES // (len(offsets) * plane))
+        planes = max(1, _DISTANCES // (len(jumps) * plane))
         found = []
         for first in range(0, references[0], planes):
             count = min(planes, references[0] - first)
             begin = first * self.stride[0]
             depth = (count - 1) * self.stride[0] + self.block[0]
-            distance = volume.new_empty((len(offsets), count * plane))
             here = volume[begin : begin + depth]
-            for number, (z, y, x) in enumerate(offsets):
-                z, y, x = z + self.reach[0] + begin, y + self.reach[1], x + self.reach[2]
-                there = around[z : z + depth, y : y + self.grid[1], x : x + self.grid[2]]
-                distance[number] = self._block_sums((there - here).square_()).flatten()
-            distance[offsets.index((0, 0, 0))] = -1  # before equals
+            distances = []
+            for z, y in itertools.product(range(begin, begin + 2 * reach[0] + 1), range(2 * reach[1] + 1)):
+                there = around[:, z : z + depth, y : y + self.grid[1]]
+                distances.append(self._block_sums((there - here).square_()).flatten(1))
+            distance = torch.cat(distances)
+            distance[len(jumps) // 2] = -1  # the reference itself comes before its equals
             nearest = distance.T.contiguous().topk(members, dim=1, largest=False).indices
             part = place[first * plane : (first + count) * plane]
             found.append(part[:, None] + jumps[nearest])
         return torch.cat(found)
 
     def _block_sums(self, values: Tensor) -> Tensor:
-        """Sums over the reference blocks that lie in some planes (z, y, x) of the volume."""
-        for axis, (edge, step) in enumerate(zip(self.block, self.stride, strict=True)):
+        """Sums over the reference blocks that lie in some planes (..., z, y, x) of the volume."""
+        for axis, edge, step in zip((-3, -2, -1), self.block, self.stride, strict=True):
             count = (values.shape[axis] - edge) // step + 1
-            parts = [values.narrow(axis, k, (count - 1) * step + 1) for k in range(edge)]
-            slices = tuple(slice(None, None, step if a == axis else 1) for a in range(3))
-            total = parts[0][slices].clone()
+            parts = [_every(values.narrow(axis, k, (count - 1) * step + 1), axis, step) for k in range(edge)]
+            total = parts[0].clone()
             for part in parts[1:]:
-                total += part[slices]
+                total += part
             values = total
         return values
 
@@ -119,3 +110,8 @@ class BlockGrid:
 def _flat(indices: list[Tensor], grid: Size) -> Tensor:
     z, y, x = indices
     return ((z[:, None, None] * grid[1] + y[:, None]) * grid[2] + x).flatten()
+
+
+def _every(values: Tensor, axis: int, step: int) -> Tensor:
+    """Every ``step``-th entry along one of the axes (z, y, x), the last three."""
+    return values.transpose(axis, -1)[..., ::step].transpose(axis, -1)
