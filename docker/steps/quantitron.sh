@@ -8,7 +8,7 @@ environment=/opt/quantitron
 "$environment/bin/python" -m pip --disable-pip-version-check check
 # headers, static libraries, programs and tests of packages, and pip itself
 packages=$(echo "$environment"/lib/python3*/site-packages)
-rm -rf "$packages/torch/include" "$packages/torch/share"
+rm -rf "$packages/torch/include" "$packages/torch/share" "$packages/torch/test"
 find "$packages/torch/bin" -type f ! -name torch_shm_manager -delete
 find "$packages" -name '*.a' -delete
 find "$packages" -type d -name tests -prune -exec rm -rf {} +
