@@ -90,6 +90,20 @@ def _fit(inside: Tensor, mask: Tensor, problem: Problem) -> Fit:
     result = fit(inside, basis, protocol)
     if "inversion" not in result.parameters or protocol.inversion_efficiency is not None or not len(inside):
         return result
+    given = efficiency_map(result, mask)[mask]
+    return fit(inside, basis, protocol, known={"inversion": given}, start=result.parameters)
+
+
+def efficiency_map(result: Fit, mask: Tensor) -> Tensor:
+    """The inversion efficiency of a fit that left it free in each voxel, averaged over space.
+
+    Args:
+        result: of the voxels in the mask.
+        mask: (z, y, x) bool.
+
+    Returns:
+        (z, y, x) at most 1; 0 far outside the mask.
+    """
     deviation = result.standard_deviation["inversion"]
     typical = deviation.median().clamp_min(1e-6)
     weight = np.zeros(mask.shape, dtype=np.float32)
@@ -101,5 +115,4 @@ def _fit(inside: Tensor, mask: Tensor, problem: Problem) -> Fit:
     smooth = ndimage.gaussian_filter(values * weight, sigma) / np.maximum(
         ndimage.gaussian_filter(weight, sigma), np.finfo(np.float32).tiny
     )
-    given = torch.from_numpy(np.minimum(smooth[mask.numpy()], 1.0).astype(np.float32))
-    return fit(inside, basis, protocol, known={"inversion": given}, start=result.parameters)
+    return torch.from_numpy(np.minimum(smooth, 1.0).astype(np.float32))

@@ -9,7 +9,7 @@ from quantitron.recon.solvers.lrtv import FingerprintTotalVariation, LowRankTota
 from quantitron.recon.solvers.model_based import ModelBased
 from quantitron.recon.solvers.mrf_admm import FingerprintAdmm
 from quantitron.recon.solvers.mrf_pnp import PlugAndPlay
-from quantitron.recon.solvers.mri2qmap import FingerprintMri2Qmap
+from quantitron.recon.solvers.mri2qmap import CartesianMri2Qmap, FingerprintMri2Qmap
 from quantitron.recon.solvers.solver import Solver
 from quantitron.recon.solvers.subspace import FingerprintSubspace, Subspace
 from quantitron.recon.solvers.summit import Summit
@@ -18,6 +18,7 @@ from quantitron.recon.solvers.svdmrf import SvdMrf
 __all__ = [
     "SOLVERS",
     "ArtifactRemoval",
+    "CartesianMri2Qmap",
     "FingerprintAdmm",
     "FingerprintLocallyLowRank",
     "FingerprintMri2Qmap",
@@ -50,6 +51,7 @@ SOLVERS: tuple[type[Solver], ...] = (
     FingerprintTotalVariation,
     FingerprintAdmm,
     FingerprintMri2Qmap,
+    CartesianMri2Qmap,
     JointINR,
     PlugAndPlay,
     ArtifactRemoval,

@@ -51,6 +51,8 @@ class LinearEstimate(CoefficientEstimate):
     """The learnt basis: its components are uncorrelated over the object, with their variances."""
     b0: Tensor
     """(z, y, x) [Hz] field map."""
+    problem: Problem
+    """The slice, for its protocol and its basis over the contrasts."""
 
 
 @dataclass(frozen=True)
@@ -219,5 +221,6 @@ class CartesianSolver(CoefficientSolver):
             prior=prior,
             voxel_size=(dx, dz, dy),
             b0=b0,
+            problem=problem,
             mask=mask,
         )

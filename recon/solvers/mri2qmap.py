@@ -31,12 +31,14 @@ from quantitron.recon.priors.denoiser import Denoiser, intensity
 from quantitron.recon.priors.network_denoiser import NetworkDenoiser, check_contrasts
 from quantitron.recon.priors.variation_denoiser import VariationDenoiser
 from quantitron.recon.signal.spin_echo import SpinEchoProtocol
+from quantitron.recon.solvers.cartesian import CartesianSolver, LinearEstimate
 from quantitron.recon.solvers.coefficient_solver import (
     LEAST_TOLERANCE,
     CoefficientEstimate,
     CoefficientSolver,
 )
 from quantitron.recon.solvers.fingerprint import FingerprintEstimate, FingerprintSolver
+from quantitron.recon.solvers.nearest_contrast import NearestContrast
 from quantitron.recon.solvers.nearest_tissue import NearestTissue, Tissue
 from quantitron.recon.solvers.solver import Progress
 
@@ -206,5 +208,23 @@ class FingerprintMri2Qmap(WeightedImagePriors, FingerprintSolver):
         """Rounds from the linear estimate on."""
         problem = estimate.problem
         nearest = NearestTissue.of_fingerprints(estimate, self.match_groups, self.spin_echoes)
+        denoise = self.plugged_in(problem.network, problem.device)
+        return self.agree(estimate, nearest, denoise, seed, progress)
+
+
+@dataclass(frozen=True)
+class CartesianMri2Qmap(WeightedImagePriors, CartesianSolver):
+    """Settings for scans on a Cartesian grid that tell both T1 and T2."""
+
+    name: ClassVar[str] = "mri2qmap"
+    sequences: ClassVar[tuple[str, ...]] = ("t2ir_gre",)
+
+    match_groups: int = field(default=256, metadata={"minimum": 0})
+    """Groups of atoms for fast matching (Cauley 2015); 0 compares with every atom."""
+
+    def refine(self, estimate: LinearEstimate, seed: int, progress: Progress) -> Tensor:
+        """Rounds from the linear estimate on."""
+        problem = estimate.problem
+        nearest = NearestContrast.of_estimate(estimate, self.match_groups, self.spin_echoes)
         denoise = self.plugged_in(problem.network, problem.device)
         return self.agree(estimate, nearest, denoise, seed, progress)
