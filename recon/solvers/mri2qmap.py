@@ -17,7 +17,7 @@ the last round.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -38,6 +38,7 @@ from quantitron.recon.solvers.coefficient_solver import (
     CoefficientSolver,
 )
 from quantitron.recon.solvers.fingerprint import FingerprintEstimate, FingerprintSolver
+from quantitron.recon.solvers.lrtv import LowRankTotalVariation
 from quantitron.recon.solvers.nearest_contrast import NearestContrast
 from quantitron.recon.solvers.nearest_tissue import NearestTissue, Tissue
 from quantitron.recon.solvers.solver import Progress
@@ -219,12 +220,24 @@ class CartesianMri2Qmap(WeightedImagePriors, CartesianSolver):
     name: ClassVar[str] = "mri2qmap"
     sequences: ClassVar[tuple[str, ...]] = ("t2ir_gre",)
 
+    edges_weight: float = field(default=0.15, metadata={"above": 0})
+    """Weight of the total variation (``lrtv``) that restores the images which the rounds start from. T2*
+    shows in no weighted image, and stays what it is there."""
     match_groups: int = field(default=256, metadata={"minimum": 0})
     """Groups of atoms for fast matching (Cauley 2015); 0 compares with every atom."""
 
     def refine(self, estimate: LinearEstimate, seed: int, progress: Progress) -> Tensor:
-        """Rounds from the linear estimate on."""
+        """Rounds from images with few edges on, whose echo trains are kept."""
         problem = estimate.problem
-        nearest = NearestContrast.of_estimate(estimate, self.match_groups, self.spin_echoes)
+        progress("total variation", 0.0)
+        edges = LowRankTotalVariation(weight=self.edges_weight)
+        images = edges.refine(estimate, seed, lambda doing, share: progress(doing, 0.2 * share))
+        nearest = NearestContrast.of_estimate(estimate, self.match_groups, self.spin_echoes, images)
         denoise = self.plugged_in(problem.network, problem.device)
-        return self.agree(estimate, nearest, denoise, seed, progress)
+        return self.agree(
+            replace(estimate, coefficients=images),
+            nearest,
+            denoise,
+            seed,
+            lambda doing, share: progress(doing, 0.2 + 0.8 * share),
+        )

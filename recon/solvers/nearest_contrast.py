@@ -36,20 +36,28 @@ ATOM_RANGE = {"t1": (0.1, 6.0), "t2": (0.01, 3.0)}
 class NearestContrast:
     """Matching of whole images; what the search takes is kept from one call to the next."""
 
-    def __init__(self, nearest: NearestTissue, mixing: Tensor, mask: Tensor) -> None:
+    def __init__(
+        self, nearest: NearestTissue, mixing: Tensor, mask: Tensor, known: Tensor | None = None
+    ) -> None:
         """Keep what belongs to the scan.
 
         Args:
             nearest: matches contrast sides (x, l, z, y).
             mixing: (e, l, k) orthonormal columns: V = ``mixing @ U``.
             mask: (z, y, x) bool: where there is signal.
+            known: (x, k, z, y) coefficients whose echo trains are taken for those of all; None: of each
+                images their own.
         """
         self._nearest, self._mixing = nearest, mixing
         self._mask = mask.permute(2, 0, 1).to(mixing.device)  # (x, z, y)
+        self._echo = None if known is None else echo_side(self._measured(known))  # (v, e)
 
     @staticmethod
     def of_estimate(
-        estimate: LinearEstimate, groups: int, protocol: SpinEchoProtocol | None = None
+        estimate: LinearEstimate,
+        groups: int,
+        protocol: SpinEchoProtocol | None = None,
+        known: Tensor | None = None,
     ) -> NearestContrast:
         """For the coefficients of a scan whose contrasts depend on T1 and T2.
 
@@ -58,6 +66,7 @@ class NearestContrast:
                 efficiency.
             groups: of atoms, for fast matching; 0 compares with every atom.
             protocol: of the weighted images that take part; None: no such images.
+            known: as for ``NearestContrast``.
         """
         problem, device = estimate.problem, estimate.coefficients.device
         table, t1, t2 = contrast_table(problem.protocol, problem.reduced.basis, device)
@@ -67,7 +76,7 @@ class NearestContrast:
             efficiency = _efficiency(estimate).to(device)
         matcher = JointMatcher(table, contrasts, groups)
         nearest = NearestTissue(matcher, t1, t2, estimate.mask, field=efficiency)
-        return NearestContrast(nearest, estimate.basis.mixing.to(device), estimate.mask)
+        return NearestContrast(nearest, estimate.basis.mixing.to(device), estimate.mask, known)
 
     def __call__(
         self, coefficients: Tensor, contrasts: Tensor | None = None, weights: Tensor | None = None
@@ -84,8 +93,8 @@ class NearestContrast:
         """
         values = coefficients.permute(0, 2, 3, 1)  # (x, z, y, k)
         mixing = self._mixing.to(coefficients)
-        measured = torch.einsum("elk,vk->vel", mixing, values[self._mask])
-        echo = echo_side(measured)  # (v, e)
+        measured = self._measured(coefficients)
+        echo = echo_side(measured) if self._echo is None else self._echo  # (v, e)
         sides = values.new_zeros(*self._mask.shape, mixing.shape[1])  # (x, z, y, l)
         sides[self._mask] = torch.einsum("ve,vel->vl", echo.conj(), measured)
         tissue = self._nearest(sides.permute(0, 3, 1, 2), contrasts, weights)
@@ -93,6 +102,11 @@ class NearestContrast:
         result = values.clone()
         result[self._mask] = torch.einsum("elk,ve,vl->vk", mixing.conj(), echo, found)
         return replace(tissue, coefficients=result.permute(0, 3, 1, 2))
+
+    def _measured(self, coefficients: Tensor) -> Tensor:
+        """V (v, e, l) of the voxels with signal."""
+        inside = coefficients.permute(0, 2, 3, 1)[self._mask]
+        return torch.einsum("elk,vk->vel", self._mixing.to(inside), inside)
 
 
 def echo_side(measured: Tensor) -> Tensor:
