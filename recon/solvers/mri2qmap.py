@@ -67,17 +67,17 @@ class WeightedImagePriors(CoefficientSolver):
     """Rounds of the splitting."""
     iterations: int = field(default=10, metadata={"minimum": 1})
     """Conjugate gradient steps in each of them, and of the start ``least_squares``."""
-    first_level: float = field(default=0.2, metadata={"above": 0})
+    first_level: float = field(default=0.05, metadata={"above": 0})
     """Noise level of the first round, relative to the intensity of the images."""
-    last_level: float = field(default=0.01, metadata={"above": 0})
+    last_level: float = field(default=0.02, metadata={"above": 0})
     """Noise level of the last one; those between are spaced evenly in the logarithm."""
-    penalty: float = field(default=3.0, metadata={"above": 0})
+    penalty: float = field(default=1.0, metadata={"above": 0})
     """Trust in what is restored: penalty = this x noise variance / (level x intensity)^2."""
-    t1w_weight: float = field(default=0.1, metadata={"minimum": 0})
+    t1w_weight: float = field(default=0.3, metadata={"minimum": 0})
     """Weight of the T1-weighted image in matching, beside the signal's 1, both taken as of equal energy."""
-    t2w_weight: float = field(default=0.1, metadata={"minimum": 0})
+    t2w_weight: float = field(default=0.3, metadata={"minimum": 0})
     """Weight of the T2-weighted image; 0 leaves a modality out altogether."""
-    pdw_weight: float = field(default=0.1, metadata={"minimum": 0})
+    pdw_weight: float = field(default=0.3, metadata={"minimum": 0})
     """Weight of the PD-weighted image."""
     field_share: float = field(default=0.1, metadata={"minimum": 0})
     """Share of the linear estimate's prior that is kept; 0, as published: none."""
