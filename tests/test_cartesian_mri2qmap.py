@@ -156,7 +156,7 @@ def solve(solver, problem: Problem) -> Maps:
 
 
 SETTINGS = {"rounds": 8, "first_level": 0.05, "penalty": 30.0, "field_share": 1.0}
-"""Those of the preset; fewer rounds."""
+"""More penalty than the preset: plain ellipses may be restored harder than a head."""
 
 
 def test_denoised_with_total_variation_maps_are_closer_than_linear_ones():
