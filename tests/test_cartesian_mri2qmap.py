@@ -155,7 +155,16 @@ def solve(solver, problem: Problem) -> Maps:
     return maps
 
 
-SETTINGS = {"rounds": 8, "first_level": 0.05, "penalty": 30.0, "field_share": 1.0}
+SETTINGS = {
+    "rounds": 8,
+    "first_level": 0.05,
+    "last_level": 0.01,
+    "penalty": 30.0,
+    "t1w_weight": 0.1,
+    "t2w_weight": 0.1,
+    "pdw_weight": 0.1,
+    "field_share": 1.0,
+}
 """More penalty than the preset: plain ellipses may be restored harder than a head."""
 
 
