@@ -20,6 +20,7 @@ from quantitron.training.denoiser_training import DenoiserTraining
 from quantitron.training.denoiser_training import train_denoiser as train
 from quantitron.training.loop import LoopSettings, Standing
 from quantitron.training.noise_batches import PatchPlan
+from quantitron.training.output_files import FIGURE, LOSSES
 
 logger = logging.getLogger("quantitron")
 
@@ -79,7 +80,7 @@ def run_training(
     line = TrainingLine(console, shown)
     with line.progress:
         card = train(data, output, training, device, resume, overwrite, line)
-    draw_losses(output.with_suffix(".loss.csv"), output.with_suffix(".loss.png"))
+    draw_losses(output.with_suffix(LOSSES), output.with_suffix(FIGURE))
     return card
 
 

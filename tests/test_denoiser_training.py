@@ -225,6 +225,15 @@ def test_a_training_that_is_far_enough_is_only_finished(tmp_path):
         assert torch.equal(one, other)
 
 
+def test_a_network_that_makes_no_numbers_of_held_out_images_is_not_delivered():
+    settings = LoopSettings(steps=2, precision="float32")
+    for score in (float("nan"), float("-inf")):
+        with pytest.raises(TrainingDiverged, match="held out images is not finite after 2 steps"):
+            train_network(
+                stripes_network(), Stripes(), noise_loss, settings, CPU, lambda *_, s=score: {"score": s}
+            )
+
+
 def test_batches_drawn_ahead_are_the_same():
     plain, ahead = (draw_batches(Stripes(), 1, 3, threads) for threads in (0, 3))
     for one, other, _ in zip(plain, ahead, range(20), strict=False):
@@ -260,6 +269,10 @@ def test_checkpoints_are_whole_or_refused(tmp_path):
     assert torch.equal(found["network.a"], tensors["network.a"])
     with pytest.raises(ScanError, match="another training: seed was 0 and is 1"):
         load_checkpoint(folder, {"seed": 1})
+    save_checkpoint(folder, state, tensors, {"plan": {"size": [1, 32, 32], "slices": 12, "slabs": 3}})
+    with pytest.raises(ScanError, match=r"another training: plan\.slabs was 3 and is 4$"):
+        load_checkpoint(folder, {"plan": {"size": [1, 32, 32], "slices": 12, "slabs": 4}})
+    save_checkpoint(folder, state, tensors, {"seed": 0})
     file = folder / "step-00000002.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1])
@@ -276,6 +289,17 @@ def test_checkpoints_are_whole_or_refused(tmp_path):
 
 
 # ------------------------------------------------------------------ the denoiser
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".md", ".loss.csv", ".loss.png"])
+def test_files_that_are_there_are_not_replaced(data, tmp_path, ending):
+    """A card's name may well be that of somebody's notes."""
+    there = (tmp_path / "notes").with_suffix(ending)
+    there.write_text("mine")
+    with pytest.raises(ScanError, match=f"notes{ending} is there already; --overwrite replaces it"):
+        train_denoiser(data, tmp_path / "notes.safetensors", SMALL, "cpu")
+    assert [file.name for file in tmp_path.iterdir()] == [there.name]
+    assert there.read_text() == "mine"
 
 
 def test_stop_and_resume_give_the_same_file(data, tmp_path):

@@ -351,9 +351,24 @@ def test_pairs_are_simulated_once(phantom, tmp_path):
     (second,) = simulate_pairs([phantom], plan, solver, tmp_path / "pairs")
     torch.testing.assert_close(second.reconstructed, first.reconstructed, rtol=0, atol=0)
     assert (told, file.stat().st_mtime_ns) == ([(1, 1)], written)
-    file.write_bytes(b"no pair")
-    with pytest.raises(ScanError, match="is not a pair of coefficient images"):
-        simulate_pairs([phantom], plan, solver, tmp_path / "pairs")
+    for broken in (b"no pair", file.read_bytes()[:-200]):
+        file.write_bytes(broken)
+        with pytest.raises(ScanError, match="is not a pair of coefficient images"):
+            simulate_pairs([phantom], plan, solver, tmp_path / "pairs")
+
+
+def test_another_schedule_in_the_same_file_is_another_scan(phantom, tmp_path):
+    schedule, pairs = tmp_path / "schedule.csv", tmp_path / "pairs"
+    plan = PairPlan((replace(SCAN, schedule=str(schedule), points=None),), slices=1)
+    solver = ArtifactRemoval(learning_iterations=2, linear_iterations=1, most_iterations=2)
+    found = []
+    for scale in (1.0, 1.5):
+        angles = scale * (10 + 30 * np.abs(np.sin(np.arange(POINTS) / 12)))
+        lines = ["flip_angle_deg,tr_ms", *(f"{angle:.3f},12" for angle in angles)]
+        schedule.write_text("\n".join(lines))
+        found += simulate_pairs([phantom], plan, solver, pairs)
+    assert len(list(pairs.iterdir())) == 2
+    assert not torch.equal(found[0].perfect, found[1].perfect)
 
 
 def test_patches_of_a_pair_are_of_the_same_place():

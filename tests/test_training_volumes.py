@@ -159,6 +159,9 @@ def test_files_that_cannot_be_trained_on_are_named(tmp_path):
     good.unlink()
     refused("a_T1w.nii cannot be read as NIfTI")
     write_nifti(good, image())
+    (tmp_path / "b_T1w.nii.gz").symlink_to("content that was never fetched")
+    refused("b_T1w.nii.gz does not exist")
+    write_nifti(good, image())
     refused("voxel size of 0 mm", 0.0)
     # a header that promises more voxels than the file could hold
     content = bytearray(gzip.compress(b""))

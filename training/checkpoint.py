@@ -106,12 +106,8 @@ def load_checkpoint(folder: Path, identity: Mapping[str, object]) -> tuple[Train
     except (KeyError, TypeError, ValueError) as error:
         raise ScanError(f"{folder / STATE} is no checkpoint of a training") from error
     wanted = json.loads(json.dumps(dict(identity)))
-    for key in sorted(set(known) | set(wanted)):
-        if known.get(key) != wanted.get(key):
-            raise ScanError(
-                f"{folder} is a checkpoint of another training: {key} was {_short(known.get(key))} "
-                f"and is {_short(wanted.get(key))}"
-            )
+    if (difference := _difference(known, wanted)) is not None:
+        raise ScanError(f"{folder} is a checkpoint of another training: {difference}")
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -122,6 +118,17 @@ def load_checkpoint(folder: Path, identity: Mapping[str, object]) -> tuple[Train
         return state, load(content)
     except SafetensorError as error:
         raise ScanError(f"the checkpoint {file} is no safetensors file: {error}") from error
+
+
+def _difference(known: Mapping[str, object], wanted: Mapping[str, object]) -> str | None:
+    """The first entry that differs, down to the one within another."""
+    for key in sorted(set(known) | set(wanted)):
+        was, now = known.get(key), wanted.get(key)
+        if was == now:
+            continue
+        within = _difference(was, now) if isinstance(was, dict) and isinstance(now, dict) else None
+        return f"{key}.{within}" if within else f"{key} was {_short(was)} and is {_short(now)}"
+    return None
 
 
 def _short(value: object) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import datetime
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +25,7 @@ from quantitron.training.batch import Batch, step_generator
 from quantitron.training.loop import LoopSettings, Standing, Trained, train_network
 from quantitron.training.model_card import card_text
 from quantitron.training.noise_batches import NoiseSampler, PatchPlan, hold_out, noisy, validation_batches
+from quantitron.training.output_files import CARD, LOSSES, check_outputs
 from quantitron.training.volumes import VolumeCollection, read_volumes
 
 logger = logging.getLogger("quantitron")
@@ -96,7 +96,7 @@ def train_denoiser(
         ScanError: if the data cannot be trained on, an output is there already, or the training failed.
     """
     checkpoint = resume if resume is not None else output.with_suffix(".checkpoint")
-    _check_output(output, checkpoint, resume is not None, overwrite)
+    check_outputs(output, checkpoint, resume is not None, overwrite)
     try:
         chosen = choose_device(device)
     except ValueError as error:
@@ -144,8 +144,8 @@ def train_denoiser(
         card=card,
     )
     checksum = write_network(output, trained.network, description, overwrite)
-    _write_text(output.with_suffix(".md"), card_text(output.name, description, checksum))
-    _write_losses(output.with_suffix(".loss.csv"), trained)
+    _write_text(output.with_suffix(CARD), card_text(output.name, description, checksum))
+    _write_losses(output.with_suffix(LOSSES), trained)
     return card
 
 
@@ -252,20 +252,6 @@ def _least(plan: PatchPlan) -> tuple[int, int, int]:
     used += [plan.slab_size] if plan.slab_share > 0 else []
     depth, height, width = (min(sizes) for sizes in zip(*used, strict=True))
     return depth, min(32, height), min(32, width)
-
-
-def _check_output(output: Path, checkpoint: Path, resume: bool, overwrite: bool) -> None:
-    """Before hours are spent."""
-    if output.suffix != ".safetensors":
-        raise ScanError(f"{output} must end in .safetensors")
-    if output.exists() and not overwrite:
-        raise ScanError(f"{output} is there already; --overwrite replaces it")
-    if checkpoint.exists() and not resume and not overwrite:
-        raise ScanError(f"{checkpoint} holds a training already: --resume goes on, --overwrite starts anew")
-    if not output.parent.is_dir():
-        raise ScanError(f"there is no folder {output.parent}")
-    if not os.access(output.parent, os.W_OK):
-        raise ScanError(f"nothing may be written to {output.parent}")
 
 
 def _identity(

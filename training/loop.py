@@ -49,7 +49,7 @@ class TrainingStopped(ScanError):
 
 
 class TrainingDiverged(ScanError):
-    """A loss or a gradient is not finite any more."""
+    """A loss, a gradient or what is made of held out images is not finite any more."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def train_network(
 
     Raises:
         TrainingStopped: if it was interrupted.
-        TrainingDiverged: if a loss or gradient is not finite.
+        TrainingDiverged: if a loss, a gradient or the score of held out data is not finite.
         ScanError: if the checkpoint cannot be read, written or does not fit.
     """
     network = network.to(device).train()
@@ -189,7 +189,8 @@ def train_network(
             length = torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
             found = float(value.detach())
             if not (math.isfinite(found) and math.isfinite(float(length))):
-                kept = f"; the last good state is in {checkpoint}" if checkpoint is not None else ""
+                good = checkpoint is not None and checkpoint.exists()
+                kept = f"; the last good state is in {checkpoint}" if good else ""
                 raise TrainingDiverged(
                     f"the loss is not finite after {state.step} steps: try a lower rate than "
                     f"{settings.rate:g}{kept}"
@@ -250,7 +251,12 @@ def _validated(
     last: bool = False,
 ) -> dict[str, Any]:
     with torch.no_grad(), autocast(device, settings.precision):
-        said = {"step": state.step, **validate(average, last)}
+        said: dict[str, Any] = {"step": state.step, **validate(average, last)}
+    if not math.isfinite(said["score"]):
+        raise TrainingDiverged(
+            f"what the network makes of held out images is not finite after {state.step} steps: try a lower "
+            f"rate than {settings.rate:g}"
+        )
     state.validations = [old for old in state.validations if old["step"] != state.step]
     state.validations.append(said)
     return said

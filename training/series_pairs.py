@@ -11,6 +11,8 @@ import hashlib
 import json
 import logging
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ from torch import Tensor
 from quantitron.gadgets.errors import ScanError
 from quantitron.phantoms.anatomy import Anatomy
 from quantitron.phantoms.simulate import load_anatomy
-from quantitron.recon.canonical_series import canonical_series, tissue_axes
+from quantitron.recon.canonical_series import canonical_series, protocol_checksum, tissue_axes
 from quantitron.recon.data import FingerprintDictionary
 from quantitron.recon.solvers.fingerprint import FingerprintSolver
 from quantitron.training.artifact_scan import ScanPlan, SimulatedSlice, place_slice, simulate_slice
@@ -202,7 +204,9 @@ def _name(
             content = hashlib.sha256(Path(phantom).read_bytes()).hexdigest()
         except OSError as error:
             raise ScanError(f"the phantom {phantom} cannot be read: {error.strerror}") from error
-    of = [_LAYOUT, content, asdict(scan), plan.components, plan.rank, plan.slices, plan.extent, place, seed]
+    # a schedule is what stands in its file, whatever that is called
+    played = asdict(scan) | {"schedule": protocol_checksum(scan.protocol())}
+    of = [_LAYOUT, content, played, plan.components, plan.rank, plan.slices, plan.extent, place, seed]
     of.append({key: value for key, value in asdict(solver).items() if key != "weights"})
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:20] + ".npz"
 
@@ -223,9 +227,10 @@ def _read(path: Path) -> SeriesPair | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        # np.load leaves a file open that it cannot read
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             parts = [torch.from_numpy(arrays[name]) for name in ("reconstructed", "perfect")]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ScanError(f"{path} is not a pair of coefficient images ({error}); remove it") from error
     if parts[0].shape != parts[1].shape or not all(bool(part.isfinite().all()) for part in parts):
         raise ScanError(f"{path} is not a pair of coefficient images; remove it")

@@ -30,6 +30,7 @@ from quantitron.training.batch import Sampler
 from quantitron.training.denoiser_training import noise_loss
 from quantitron.training.loop import LoopSettings, Loss, Standing, Trained, Validate, train_network
 from quantitron.training.model_card import card_text
+from quantitron.training.output_files import CARD, LOSSES, check_outputs
 from quantitron.training.series_batches import (
     CleanSampler,
     Denoising,
@@ -187,7 +188,7 @@ class _Run:
         self.output, self.training, self.resume = output, training, resume
         self.overwrite, self.progress = overwrite, progress
         self.checkpoint = resume if resume is not None else output.with_suffix(".checkpoint")
-        _check_output(output, self.checkpoint, resume is not None, overwrite)
+        check_outputs(output, self.checkpoint, resume is not None, overwrite)
         if not phantoms:
             raise ScanError("no phantom to learn from")
         try:
@@ -228,7 +229,13 @@ class _Run:
         )
         kept = asdict(training)
         del kept["loop"], kept["note"]
-        identity = {"kind": kind, "seed": training.loop.seed, "data": self.data.hexdigest(), **kept}
+        identity = {
+            "kind": kind,
+            "seed": training.loop.seed,
+            "data": self.data.hexdigest(),
+            "protocol": protocol_checksum(self.protocol),  # a schedule's file may have changed
+            **kept,
+        }
         trained = train_network(
             network,
             sampler,
@@ -247,8 +254,8 @@ class _Run:
             kind, network.shape, (), levels, size, (1, min(32, size[1]), min(32, size[2])), card
         )
         checksum = write_network(self.output, trained.network, description, self.overwrite)
-        _write(self.output.with_suffix(".md"), card_text(self.output.name, description, checksum))
-        _write_losses(self.output.with_suffix(".loss.csv"), trained)
+        _write(self.output.with_suffix(CARD), card_text(self.output.name, description, checksum))
+        _write_losses(self.output.with_suffix(LOSSES), trained)
         return card
 
     def _card(self, trained: Trained, counts: tuple[int, int]) -> dict[str, Any]:
@@ -306,17 +313,6 @@ def _parted(slices: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
     chosen = {(2 * number + 1) * len(slices) // (2 * count) for number in range(count)}
     learned = [one for number, one in enumerate(slices) if number not in chosen]
     return learned, [slices[number] for number in sorted(chosen)]
-
-
-def _check_output(output: Path, checkpoint: Path, resume: bool, overwrite: bool) -> None:
-    if output.suffix != ".safetensors":
-        raise ScanError(f"{output} must end in .safetensors")
-    if output.exists() and not overwrite:
-        raise ScanError(f"{output} is there already; --overwrite replaces it")
-    if checkpoint.exists() and not resume and not overwrite:
-        raise ScanError(f"{checkpoint} holds a training already: --resume goes on, --overwrite starts anew")
-    if not output.parent.is_dir():
-        raise ScanError(f"there is no folder {output.parent}")
 
 
 def _write(path: Path, text: str) -> None:

@@ -123,7 +123,7 @@ def read_volumes(source: Path, voxel_size: float | None = None) -> VolumeCollect
         files = sorted(
             file
             for file in source.rglob("*")
-            if file.name.endswith(_ENDINGS) and file.is_file() and not file.name.startswith(".")
+            if file.name.endswith(_ENDINGS) and not file.is_dir() and not file.name.startswith(".")
         )
         if not files:
             raise ScanError(f"{source} holds no NIfTI files (.nii, .nii.gz)")

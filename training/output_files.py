@@ -1,0 +1,38 @@
+"""What a training will write is settled before hours are spent on it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from quantitron.gadgets.errors import ScanError
+
+CARD, LOSSES, FIGURE = ".md", ".loss.csv", ".loss.png"
+"""Endings of what is written beside the weights."""
+
+
+def check_outputs(output: Path, checkpoint: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse to begin what could not be written in the end, or would replace what is there.
+
+    Args:
+        output: weights to write, with a card and a loss curve beside them.
+        checkpoint: folder.
+        resume: whether the checkpoint is to go on from.
+        overwrite: whether to replace what is there.
+
+    Raises:
+        ScanError: in one sentence.
+    """
+    if output.suffix != ".safetensors":
+        raise ScanError(f"{output} must end in .safetensors")
+    if not overwrite:
+        for ending in (output.suffix, CARD, LOSSES, FIGURE):
+            written = output.with_suffix(ending)
+            if written.exists():
+                raise ScanError(f"{written} is there already; --overwrite replaces it")
+    if checkpoint.exists() and not resume and not overwrite:
+        raise ScanError(f"{checkpoint} holds a training already: --resume goes on, --overwrite starts anew")
+    if not output.parent.is_dir():
+        raise ScanError(f"there is no folder {output.parent}")
+    if not os.access(output.parent, os.W_OK):
+        raise ScanError(f"nothing may be written to {output.parent}")
