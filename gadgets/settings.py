@@ -177,8 +177,10 @@ def _convert_float(value: object) -> float:
             number = float(value)
         except ValueError:
             raise ValueError("a number") from None
-        if not math.isnan(number):
+        if math.isfinite(number):
             return number
+        if math.isinf(number):
+            raise ValueError("a finite number")
     raise ValueError("a number")
 
 

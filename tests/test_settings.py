@@ -62,6 +62,7 @@ def test_values_of_yaml_are_taken_as_they_are():
         ({"iterations": 0}, ["'iterations' is 0", "at least 1"]),
         ({"iterations": 101}, ["at most 100"]),
         ({"tolerance": "nan"}, ["'tolerance'", "a number"]),
+        ({"tolerance": "inf"}, ["'tolerance'", "a finite number"]),
         ({"tolerance": 1.0}, ["below 1.0"]),
         ({"rank": -2}, ["above 0"]),
         ({"rank": "big"}, ["a whole number or a number"]),

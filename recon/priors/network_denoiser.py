@@ -65,7 +65,7 @@ def nearest_level(levels: Sequence[float], level: float) -> float:
         ValueError: if it is not above zero or lies outside by more than a factor of ``BEYOND``.
     """
     if not (math.isfinite(level) and level > 0):
-        raise ValueError(f"the noise level must be above zero, not {level:g}")
+        raise ValueError(f"the noise level must be finite and above zero, not {level:g}")
     if not levels[0] / BEYOND <= level <= levels[-1] * BEYOND:
         away = max(levels[0] / level, level / levels[-1])
         raise ValueError(
