@@ -302,6 +302,11 @@ def test_files_that_are_there_are_not_replaced(data, tmp_path, ending):
     assert there.read_text() == "mine"
 
 
+def test_a_checkpoint_that_is_not_there_is_missed_before_anything_is_read(tmp_path):
+    with pytest.raises(ScanError, match="gone holds no checkpoint"):
+        train_denoiser(tmp_path, tmp_path / "a.safetensors", SMALL, "cpu", resume=tmp_path / "gone")
+
+
 def test_stop_and_resume_give_the_same_file(data, tmp_path):
     """The whole of it, slabs and validations included, to the last bit."""
     train_denoiser(data, tmp_path / "whole.safetensors", SMALL, "cpu")

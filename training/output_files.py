@@ -32,6 +32,8 @@ def check_outputs(output: Path, checkpoint: Path, resume: bool, overwrite: bool)
                 raise ScanError(f"{written} is there already; --overwrite replaces it")
     if checkpoint.exists() and not resume and not overwrite:
         raise ScanError(f"{checkpoint} holds a training already: --resume goes on, --overwrite starts anew")
+    if resume and not checkpoint.is_dir():
+        raise ScanError(f"{checkpoint} holds no checkpoint of a training")
     if not output.parent.is_dir():
         raise ScanError(f"there is no folder {output.parent}")
     if not os.access(output.parent, os.W_OK):
