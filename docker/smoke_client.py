@@ -16,8 +16,8 @@ from quantitron.gadgets.image_file import read_images
 from quantitron.host.client import send_scan
 from quantitron.host.raw_file import read_blocks, read_header
 
-LARGEST_ERROR = {"T1": 0.10, "T2STAR": 0.15, "PD": 0.10}
-"""NRMSE inside the mask; several times what a working reconstruction of this scan has."""
+LARGEST_ERROR = {"T1": 0.20, "T2STAR": 0.35, "PD": 0.15}
+"""NRMSE inside the mask; about twice what voxels of 4 x 4 x 8 mm have at best (10.5, 18.6 and 5.3 %)."""
 
 
 def main(folder: Path, host: str, port: int) -> None:

@@ -134,7 +134,7 @@ def contrast_table(
     dictionary = contrast_dictionary(protocol, ATOM_RANGE, {**POINTS, "inversion": 2})
     psi = basis.contrast.to(torch.promote_types(basis.contrast.dtype, torch.float64))
     atoms = dictionary.atoms.to(psi.dtype) @ psi.conj()  # (t1 t2 efficiency, l)
-    values = dictionary.parameters["inversion"].unique()  # (b,)
+    values = torch.unique(dictionary.parameters["inversion"])  # (b,)
     t1, t2 = (dictionary.parameters[name].reshape(-1, len(values))[:, 0] for name in ("t1", "t2"))
     plausible = t2 <= t1
     atoms = atoms.reshape(len(t1), len(values), -1)[plausible].transpose(0, 1)  # (b, a, l)
