@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import logging
 from collections.abc import Callable, Mapping
@@ -25,7 +24,7 @@ from quantitron.training.batch import Batch, step_generator
 from quantitron.training.loop import LoopSettings, Standing, Trained, train_network
 from quantitron.training.model_card import card_text
 from quantitron.training.noise_batches import NoiseSampler, PatchPlan, hold_out, noisy, validation_batches
-from quantitron.training.output_files import CARD, LOSSES, check_outputs
+from quantitron.training.output_files import CARD, LOSSES, check_outputs, write_losses, write_text
 from quantitron.training.volumes import VolumeCollection, read_volumes
 
 logger = logging.getLogger("quantitron")
@@ -144,8 +143,8 @@ def train_denoiser(
         card=card,
     )
     checksum = write_network(output, trained.network, description, overwrite)
-    _write_text(output.with_suffix(CARD), card_text(output.name, description, checksum))
-    _write_losses(output.with_suffix(LOSSES), trained)
+    write_text(output.with_suffix(CARD), card_text(output.name, description, checksum))
+    write_losses(output.with_suffix(LOSSES), trained)
     return card
 
 
@@ -306,26 +305,3 @@ def _card(
         "date": datetime.date.today().isoformat(),
         "shape": asdict(shape),
     }
-
-
-def _write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ScanError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def _write_losses(path: Path, trained: Trained) -> None:
-    try:
-        with path.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(["step", "loss", "rate", "seconds", "validation_gain_db"])
-            scores = {int(entry["step"]): entry["score"] for entry in trained.state.validations}
-            points = {
-                int(step): (f"{loss:.6g}", f"{rate:.4g}", seconds)
-                for step, loss, rate, seconds in trained.state.losses
-            }
-            for step in sorted(scores.keys() | points.keys()):
-                writer.writerow([step, *points.get(step, ("", "", "")), scores.get(step, "")])
-    except OSError as error:
-        raise ScanError(f"{path} cannot be written: {error.strerror}") from error

@@ -1,11 +1,13 @@
-"""What a training will write is settled before hours are spent on it."""
+"""What a training writes beside its weights; that it can is settled before hours are spent."""
 
 from __future__ import annotations
 
+import csv
 import os
 from pathlib import Path
 
 from quantitron.gadgets.errors import ScanError
+from quantitron.training.loop import Trained
 
 CARD, LOSSES, FIGURE = ".md", ".loss.csv", ".loss.png"
 """Endings of what is written beside the weights."""
@@ -38,3 +40,32 @@ def check_outputs(output: Path, checkpoint: Path, resume: bool, overwrite: bool)
         raise ScanError(f"there is no folder {output.parent}")
     if not os.access(output.parent, os.W_OK):
         raise ScanError(f"nothing may be written to {output.parent}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a page, or say in one sentence (ScanError) why not."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ScanError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def write_losses(path: Path, trained: Trained) -> None:
+    """Write the loss curve as a table: step, loss, rate, seconds, gain in validation [dB].
+
+    Raises:
+        ScanError: if it cannot be written.
+    """
+    try:
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["step", "loss", "rate", "seconds", "validation_gain_db"])
+            scores = {int(entry["step"]): entry["score"] for entry in trained.state.validations}
+            points = {
+                int(step): (f"{loss:.6g}", f"{rate:.4g}", seconds)
+                for step, loss, rate, seconds in trained.state.losses
+            }
+            for step in sorted(scores.keys() | points.keys()):
+                writer.writerow([step, *points.get(step, ("", "", "")), scores.get(step, "")])
+    except OSError as error:
+        raise ScanError(f"{path} cannot be written: {error.strerror}") from error

@@ -6,12 +6,11 @@ what they look like without noise. Both see single slices in the canonical form.
 
 from __future__ import annotations
 
-import csv
 import datetime
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +29,7 @@ from quantitron.training.batch import Sampler
 from quantitron.training.denoiser_training import noise_loss
 from quantitron.training.loop import LoopSettings, Loss, Standing, Trained, Validate, train_network
 from quantitron.training.model_card import card_text
-from quantitron.training.output_files import CARD, LOSSES, check_outputs
+from quantitron.training.output_files import CARD, LOSSES, check_outputs, write_losses, write_text
 from quantitron.training.series_batches import (
     CleanSampler,
     Denoising,
@@ -254,8 +253,8 @@ class _Run:
             kind, network.shape, (), levels, size, (1, min(32, size[1]), min(32, size[2])), card
         )
         checksum = write_network(self.output, trained.network, description, self.overwrite)
-        _write(self.output.with_suffix(CARD), card_text(self.output.name, description, checksum))
-        _write_losses(self.output.with_suffix(LOSSES), trained)
+        write_text(self.output.with_suffix(CARD), card_text(self.output.name, description, checksum))
+        write_losses(self.output.with_suffix(LOSSES), trained)
         return card
 
     def _card(self, trained: Trained, counts: tuple[int, int]) -> dict[str, Any]:
@@ -313,24 +312,3 @@ def _parted(slices: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
     chosen = {(2 * number + 1) * len(slices) // (2 * count) for number in range(count)}
     learned = [one for number, one in enumerate(slices) if number not in chosen]
     return learned, [slices[number] for number in sorted(chosen)]
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ScanError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def _write_losses(path: Path, trained: Trained) -> None:
-    try:
-        with path.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(["step", "loss", "rate", "seconds", "validation_gain_db"])
-            scores: Mapping[int, float] = {
-                entry["step"]: entry["score"] for entry in trained.state.validations
-            }
-            for step, loss, rate, seconds in trained.state.losses:
-                writer.writerow([int(step), f"{loss:.6g}", f"{rate:.4g}", seconds, scores.get(int(step), "")])
-    except OSError as error:
-        raise ScanError(f"{path} cannot be written: {error.strerror}") from error

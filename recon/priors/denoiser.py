@@ -63,3 +63,20 @@ def intensity(images: Tensor, quantile: float = 0.995) -> Tensor:
     found = values.kthvalue(place, dim=1).values
     found = torch.where(found > 0, found, values.amax(1))
     return torch.where(found > 0, found, torch.ones_like(found))
+
+
+def annealed_levels(first: float, last: float, rounds: int) -> list[float]:
+    """Noise levels of the rounds of a plug-and-play method, spaced evenly in the logarithm (Zhang 2021).
+
+    Args:
+        first: of the first round, relative to the intensity.
+        last: of the last round, and of the only one.
+        rounds: how many.
+
+    Raises:
+        ValueError: if the levels would rise.
+    """
+    if first < last:
+        raise ValueError(f"first_level {first:g} is below last_level {last:g}; levels must fall")
+    steps = torch.linspace(0, 1, rounds, dtype=torch.float64) if rounds > 1 else torch.ones(1)
+    return [first ** (1 - share) * last**share for share in steps.tolist()]

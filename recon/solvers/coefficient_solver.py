@@ -90,6 +90,29 @@ class CoefficientEstimate:
             component_weights=mean.clamp_min(floor).rsqrt(),
         )
 
+    def proximal(
+        self, target: Tensor, penalty: float, start: Tensor | None, iterations: int, share: float
+    ) -> Tensor:
+        """U that minimises 1/2 ||s - A U||^2 + share/2 <U, prior.precision(U)> + penalty/2 ||U - target||^2.
+
+        Args:
+            target: (x, k, z, y) where U is pulled to.
+            penalty: how strongly; 0 not at all.
+            start: where conjugate gradients begin; None: at zero.
+            iterations: most steps of them.
+            share: of the prior of the linear estimate that is kept.
+        """
+        operator, prior = self.operator, self.prior
+        diagonal = operator.mean_diagonal()[:, None, None] + 0.3 * share * prior.diagonal() + penalty
+        return conjugate_gradient(
+            lambda u: operator(u) + penalty * u + (share * prior.precision(u) if share else 0.0),
+            self.data + penalty * target,
+            start=start,
+            preconditioner=lambda residual: residual / diagonal,
+            iterations=iterations,
+            tolerance=LEAST_TOLERANCE,
+        )
+
     def noise_threshold(self, rows: int, columns: int) -> float:
         """Threshold of singular values, for a penalty beside the data term, that takes pure noise away.
 

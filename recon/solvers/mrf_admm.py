@@ -16,8 +16,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from quantitron.recon.algorithms.admm import admm
-from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
-from quantitron.recon.solvers.coefficient_solver import LEAST_TOLERANCE
 from quantitron.recon.solvers.fingerprint import FingerprintEstimate, FingerprintSolver
 from quantitron.recon.solvers.nearest_fingerprint import NearestFingerprint
 from quantitron.recon.solvers.solver import Progress
@@ -43,19 +41,10 @@ class FingerprintAdmm(FingerprintSolver):
     def refine(self, estimate: FingerprintEstimate, seed: int, progress: Progress) -> Tensor:
         """U (x, k, z, y) where both agree."""
         del seed
-        operator, prior, share = estimate.operator, estimate.prior, self.field_share
-        diagonal = operator.mean_diagonal()[:, None, None] + 0.3 * share * prior.diagonal()
         nearest = NearestFingerprint(estimate, self.match_groups)
 
         def closest(target: Tensor, factor: float, last: Tensor) -> Tensor:
-            return conjugate_gradient(
-                lambda u: operator(u) + factor * u + (share * prior.precision(u) if share else 0.0),
-                estimate.data + factor * target,
-                start=last,
-                preconditioner=lambda residual: residual / (diagonal + factor),
-                iterations=self.iterations,
-                tolerance=LEAST_TOLERANCE,
-            )
+            return estimate.proximal(target, factor, last, self.iterations, self.field_share)
 
         def stop(_u: Tensor, iteration: int) -> bool:
             progress("fingerprints", (iteration + 1) / self.rounds)

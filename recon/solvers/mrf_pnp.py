@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from quantitron.recon.algorithms.admm import Splitting, admm
-from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
 from quantitron.recon.canonical_series import canonical_series, check_protocol, tissue_axes
 from quantitron.recon.data import Encoding, Protocol
 from quantitron.recon.networks.trained_network import NetworkDescription, NetworkRequest
 from quantitron.recon.priors.block_matching_denoiser import BlockMatchingDenoiser
+from quantitron.recon.priors.denoiser import annealed_levels
 from quantitron.recon.priors.series_denoiser import (
     ImageByImage,
     NetworkSeriesDenoiser,
@@ -34,7 +34,6 @@ from quantitron.recon.priors.series_denoiser import (
     series_intensity,
 )
 from quantitron.recon.priors.variation_denoiser import VariationDenoiser
-from quantitron.recon.solvers.coefficient_solver import LEAST_TOLERANCE
 from quantitron.recon.solvers.fingerprint import FingerprintEstimate, FingerprintSolver
 from quantitron.recon.solvers.solver import Progress
 
@@ -75,10 +74,7 @@ class PlugAndPlay(FingerprintSolver):
             ValueError: if the first level is below the last one.
         """
         super().__post_init__()
-        if self.first_level < self.last_level:
-            raise ValueError(
-                f"first_level {self.first_level:g} is below last_level {self.last_level:g}; levels must fall"
-            )
+        annealed_levels(self.first_level, self.last_level, self.rounds)
 
     @property
     def network(self) -> NetworkRequest | None:
@@ -91,33 +87,19 @@ class PlugAndPlay(FingerprintSolver):
         check_series_network(network, KIND)
         check_protocol(network, protocol)
 
-    def levels(self) -> list[float]:
-        """Noise level of each round."""
-        steps = torch.linspace(0, 1, self.rounds, dtype=torch.float64) if self.rounds > 1 else torch.ones(1)
-        return [self.first_level ** (1 - share) * self.last_level**share for share in steps.tolist()]
-
     def refine(self, estimate: FingerprintEstimate, seed: int, progress: Progress) -> Tensor:
         """U (x, k, z, y) where k-space and denoiser agree."""
         denoise = self.series_denoiser(estimate)
         generator = torch.Generator().manual_seed(seed)
-        operator, prior, share = estimate.operator, estimate.prior, self.field_share
-        diagonal = operator.mean_diagonal()[:, None, None] + 0.3 * share * prior.diagonal()
         form = canonical_series(estimate.coefficients, self._axes(estimate), estimate.voxel_size)
         scale = series_intensity(form.images(estimate.coefficients))
 
         def closest(target: Tensor, factor: float, last: Tensor) -> Tensor:
-            return conjugate_gradient(
-                lambda u: operator(u) + factor * u + (share * prior.precision(u) if share else 0.0),
-                estimate.data + factor * target,
-                start=last,
-                preconditioner=lambda residual: residual / (diagonal + factor),
-                iterations=self.iterations,
-                tolerance=LEAST_TOLERANCE,
-            )
+            return estimate.proximal(target, factor, last, self.iterations, self.field_share)
 
         u = estimate.coefficients
         state = Splitting(u, u, torch.zeros_like(u), 1.0, 0, 1.0, 1.0)
-        for number, level in enumerate(self.levels()):
+        for number, level in enumerate(annealed_levels(self.first_level, self.last_level, self.rounds)):
             progress("denoising", number / self.rounds)
             penalty = self.penalty * estimate.noise / (level * scale) ** 2
 

@@ -23,20 +23,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
 from quantitron.recon.data import Encoding, Protocol
 from quantitron.recon.networks.trained_network import NetworkDescription, NetworkRequest, TrainedNetwork
 from quantitron.recon.priors.block_matching_denoiser import BlockMatchingDenoiser
-from quantitron.recon.priors.denoiser import Denoiser, intensity
+from quantitron.recon.priors.denoiser import Denoiser, annealed_levels, intensity
 from quantitron.recon.priors.network_denoiser import NetworkDenoiser, check_contrasts
 from quantitron.recon.priors.variation_denoiser import VariationDenoiser
 from quantitron.recon.signal.spin_echo import SpinEchoProtocol
 from quantitron.recon.solvers.cartesian import CartesianSolver, LinearEstimate
-from quantitron.recon.solvers.coefficient_solver import (
-    LEAST_TOLERANCE,
-    CoefficientEstimate,
-    CoefficientSolver,
-)
+from quantitron.recon.solvers.coefficient_solver import CoefficientEstimate, CoefficientSolver
 from quantitron.recon.solvers.fingerprint import FingerprintEstimate, FingerprintSolver
 from quantitron.recon.solvers.lrtv import LowRankTotalVariation
 from quantitron.recon.solvers.nearest_contrast import NearestContrast
@@ -89,10 +84,7 @@ class WeightedImagePriors(CoefficientSolver):
             ValueError: in one sentence, or as for all solvers of such scans.
         """
         super().__post_init__()
-        if self.first_level < self.last_level:
-            raise ValueError(
-                f"first_level {self.first_level:g} is below last_level {self.last_level:g}; levels must fall"
-            )
+        annealed_levels(self.first_level, self.last_level, self.rounds)
         if not self.modalities:
             raise ValueError("t1w_weight, t2w_weight and pdw_weight are all 0; use mrf_admm without priors")
 
@@ -110,8 +102,7 @@ class WeightedImagePriors(CoefficientSolver):
     @property
     def levels(self) -> list[float]:
         """Noise level of each round."""
-        steps = torch.linspace(0, 1, self.rounds, dtype=torch.float64) if self.rounds > 1 else torch.ones(1)
-        return [self.first_level ** (1 - share) * self.last_level**share for share in steps.tolist()]
+        return annealed_levels(self.first_level, self.last_level, self.rounds)
 
     @property
     def network(self) -> NetworkRequest | None:
@@ -160,19 +151,10 @@ class WeightedImagePriors(CoefficientSolver):
         """
         modalities = tuple(self.modalities)
         generator = torch.Generator().manual_seed(seed)
-        operator, prior, share = estimate.operator, estimate.prior, self.field_share
-        diagonal = operator.mean_diagonal()[:, None, None] + 0.3 * share * prior.diagonal()
 
         def fitted(target: Tensor, penalty: float, last: Tensor | None) -> Tensor:
             """Proximal step of the data term (line 10)."""
-            return conjugate_gradient(
-                lambda u: operator(u) + penalty * u + (share * prior.precision(u) if share else 0.0),
-                estimate.data + penalty * target,
-                start=last,
-                preconditioner=lambda residual: residual / (diagonal + penalty),
-                iterations=self.iterations,
-                tolerance=LEAST_TOLERANCE,
-            )
+            return estimate.proximal(target, penalty, last, self.iterations, self.field_share)
 
         u = estimate.coefficients
         if self.start == "least_squares":
