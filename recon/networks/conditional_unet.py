@@ -72,7 +72,7 @@ class UNetShape:
 
 
 class ConditionalUNet(nn.Module):
-    """x (n, channels, z, y, x) to the same grid; linear in nothing, sized for any z, y, x."""
+    """Images (n, in_channels, z, y, x) to images (n, out_channels, z, y, x) on the same grid, of any size."""
 
     def __init__(self, shape: UNetShape, generator: torch.Generator | None = None) -> None:
         """Build the layers.
