@@ -55,6 +55,7 @@ from quantitron.phantoms.schedules import make_schedule
 from quantitron.phantoms.simulate_fingerprint import simulate_fingerprint
 from quantitron.recon.signal.spin_echo import SpinEchoProtocol
 from quantitron.recon.solvers import SOLVERS
+from quantitron.recon.solvers.coefficient_solver import CoefficientEstimate
 
 PIPELINES = "lrtv,svdmrf,mrf_admm,llr,mri2qmap,mrf_pnp,arnet"
 REFERENCE = "lrtv"
@@ -293,8 +294,7 @@ def parts_of(method: str) -> dict[str, tuple[object, str]]:
     found: dict[str, tuple[object, str]] = {}
     if hasattr(solver, "linear_estimate"):
         found["linear estimate"] = (solver, "linear_estimate")
-    if hasattr(module, "conjugate_gradient"):
-        found["conjugate gradients of a round"] = (module, "conjugate_gradient")
+    found["conjugate gradients of a round"] = (CoefficientEstimate, "proximal")
     for name, part in vars(module).items():
         if not isinstance(part, type) or getattr(part, "_is_protocol", False):
             continue

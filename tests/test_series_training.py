@@ -24,6 +24,7 @@ from quantitron.recon.data import Maps
 from quantitron.recon.networks.conditional_unet import ConditionalUNet, UNetShape
 from quantitron.recon.networks.trained_network import NetworkDescription, NetworkRequest, TrainedNetwork
 from quantitron.recon.priors.block_matching_denoiser import BlockMatchingDenoiser
+from quantitron.recon.priors.denoiser import annealed_levels
 from quantitron.recon.priors.network_denoiser import PatchwiseNetwork
 from quantitron.recon.priors.series_denoiser import (
     ImageByImage,
@@ -316,8 +317,8 @@ def test_a_denoiser_that_does_not_fit_is_refused(noisy, network, sentence):
 
 
 def test_levels_fall():
-    assert PlugAndPlay(rounds=3, first_level=0.4, last_level=0.1).levels() == pytest.approx([0.4, 0.2, 0.1])
-    assert PlugAndPlay(rounds=1, first_level=0.4, last_level=0.1).levels() == pytest.approx([0.1])
+    assert annealed_levels(0.4, 0.1, 3) == pytest.approx([0.4, 0.2, 0.1])
+    assert annealed_levels(0.4, 0.1, 1) == pytest.approx([0.1])
     with pytest.raises(ValueError, match="levels must fall"):
         PlugAndPlay(first_level=0.01, last_level=0.02)
     assert PlugAndPlay().network is None  # runs without weights
