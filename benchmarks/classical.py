@@ -6,7 +6,9 @@
 
 accuracy: scans of the MNI brain and of real in-vivo maps (Deli-CS volumes, benchmarks/invivo.py), SNR 30, the
 object twice finer than the scan and averaged over each scan voxel, replayed through every pipeline as it
-ships. Seconds are those of the whole replay, from raw file to maps.
+ships. Seconds are those of the whole replay, from raw file to maps. Rows ``perfect`` are the floor that
+voxels of several tissues set (perfect_scan.py); "from it" is the error against the maps of that row, so
+what noise and undersampling put in.
 
 peers: one vfa_gre scan, the same lines, coil maps and basis for all (one that spans the whole field: no
 peer can take a field map). Every method at its best weight of the same grid search, scored by the mean NRMSE
@@ -35,6 +37,7 @@ from fair_comparison import best_weight, seconds_to_reach
 from invivo import phantom
 from peers_bart import Pics, Shuffle, bart_available, bart_version
 from peers_sigpy import SigpyProblem
+from perfect_scan import from_perfect, perfect_maps
 from scan_problem import load
 from subspace import T2IR, VFA
 from torch import Tensor
@@ -83,12 +86,14 @@ def accuracy(
         np.savez(objects[source.stem], **phantom(source))
     objects["mni"] = "mni"
     say(
-        f"{'NRMSE %':34s} {'pipeline':9s} {'T1':>6s} {'T2':>6s} {'T2*':>6s}   "
-        f"{'MAPE WM+GM / 2 %':18s} seconds"
+        f"{'NRMSE %':34s} {'pipeline':11s} {'T1':>6s} {'T2':>6s} {'T2*':>6s}   "
+        f"{'from perfect %':20s} {'MAPE WM+GM / 2 %':18s} seconds"
     )
     rows = []
     for name, anatomy in objects.items():
+        perfect = {}
         for scan, acceleration in SCANS:
+            sequence = scan["sequence"]
             raw, maps = folder / "raw.h5", folder / "maps.h5"
             simulate(
                 **{**scan, "phantom": anatomy, "snr": 30.0, "seed": 1, "acceleration": acceleration},
@@ -96,13 +101,24 @@ def accuracy(
                 output=raw,
                 overwrite=True,
             )
-            for pipeline in pipelines:
+            if sequence not in perfect:
+                perfect[sequence] = perfect_maps(scan, anatomy, spread, folder).rename(
+                    folder / f"perfect_{sequence}.h5"
+                )
+            for pipeline in ("perfect", *pipelines):
+                case = f"{name} {sequence} R {acceleration:g}"
                 start = time.perf_counter()
-                replay(raw, pipeline, maps, overwrite=True)
+                if pipeline == "perfect":
+                    judged = perfect[sequence]
+                else:
+                    judged = maps
+                    replay(raw, pipeline, maps, overwrite=True)
                 seconds = time.perf_counter() - start
-                found = compare(maps, raw)["maps"]
-                case = f"{name} {scan['sequence']} R {acceleration:g}"
-                rows.append({"case": case, "pipeline": pipeline, "seconds": seconds, "maps": found})
+                found = compare(judged, raw)["maps"]
+                excess = from_perfect(judged, perfect[sequence], raw)
+                rows.append(
+                    {"case": case, "pipeline": pipeline, "seconds": seconds, "maps": found, "from": excess}
+                )
                 cells = " ".join(
                     f"{100 * found[role]['nrmse']:6.1f}" if role in found else " " * 6 for role in ROLES
                 )
@@ -111,7 +127,8 @@ def accuracy(
                     for role in ROLES
                     if role in found
                 )
-                say(f"{case:34s} {pipeline:9s} {cells}   {tissue:18s} {seconds:7.1f}")
+                rest = " / ".join(f"{100 * value:.1f}" for value in excess.values())
+                say(f"{case:34s} {pipeline:11s} {cells}   {rest:20s} {tissue:18s} {seconds:7.1f}")
     return rows
 
 
@@ -217,14 +234,12 @@ def peers(source: Path, folder: Path, acceleration: float, threads: int) -> list
             return timed(lambda: scan.solve(solver(weight=weight)))
 
         report(f"quantitron {name}", *best_weight(ours, weights, lambda found: scan.score(*found)))
-    totals: dict[str, float] = {}
+    totals: dict[tuple[str, int], float] = {}
     if bart_available():
         say(f"BART {bart_version()}, {PEER_ITERATIONS} iterations")
         with Shuffle(lines, scan.csm, scan.phi, folder, threads) as shuffle:
-            for kind, block in (("L", 8), ("TJ", 8)):
-                settings = {"block": block} if kind == "L" else {"rho": 0.1}
-                if kind == "L":
-                    settings["step"] = 0.95
+            for kind, block in BART_PENALTIES:
+                settings = {"block": block, "step": 0.95} if kind == "L" else {"rho": 0.1}
 
                 def theirs(
                     weight: float, count: int = PEER_ITERATIONS, kind: Any = kind, settings: Any = settings
@@ -234,7 +249,7 @@ def peers(source: Path, folder: Path, acceleration: float, threads: int) -> list
                 weight, error, seconds = best_weight(theirs, (0.1, 0.3), scan.score)
                 blocks = f", blocks of {block}" if kind == "L" else ""
                 report(f"BART wshfl -R {kind}{blocks}", weight, error, seconds)
-                totals[f"{kind}{block}"] = weight
+                totals[kind, block] = weight
                 reached = seconds_to_reach(
                     lambda count, run=theirs, weight=weight: run(weight, count),
                     scan.score,
@@ -243,21 +258,21 @@ def peers(source: Path, folder: Path, acceleration: float, threads: int) -> list
                 )
                 if reached:
                     say(f"    within 1 % of that error after {reached[0]} iterations, {reached[1]:.1f} s")
-        # The same objective by way of the dense buffer: a few iterations tell the time of one.
+        # The same objectives by way of the dense buffer, at the weights that were best for them.
         with Pics(lines, scan.csm, scan.phi, folder) as pics:
-            for kind in ("L", "TJ"):
-                weight = totals[f"{kind}8"]
-                settings = {"block": 8} if kind == "L" else {"rho": 0.1}
-                found, seconds = timed(
-                    lambda kind=kind, weight=weight, settings=settings: pics(
-                        kind, weight, FEW_ITERATIONS, threads=threads, **settings
+            for kind, block in (("L", 8), ("T", 0)):
+                settings = {"block": block} if kind == "L" else {"rho": 0.1}
+                for count in PICS_ITERATIONS:
+                    weight = totals[kind, block]
+                    found, seconds = timed(
+                        lambda kind=kind, weight=weight, count=count, settings=settings: pics(
+                            kind, weight, count, threads=threads, **settings
+                        )
                     )
-                )
-                report(
-                    f"BART pics -B -R {kind}, {FEW_ITERATIONS} iterations", weight, scan.score(found), seconds
-                )
+                    name = f"BART pics -B -R {kind}, {count} iterations"
+                    report(name, weight, scan.score(found), seconds)
     peer = SigpyProblem(lines, scan.csm, scan.phi)
-    weight = totals.get("TJ8", 0.3)
+    weight = totals.get(("T", 0), 0.3)
     found, seconds = timed(lambda: peer("T", weight, FEW_ITERATIONS))
     report(f"SigPy LinearLeastSquares, TV, {FEW_ITERATIONS} iterations", weight, scan.score(found), seconds)
     return rows
@@ -265,7 +280,11 @@ def peers(source: Path, folder: Path, acceleration: float, threads: int) -> list
 
 PEER_MATRIX = (64, 64, 12)
 PEER_ITERATIONS = 60
+PICS_ITERATIONS = (12, 30)
+"""At some 5 to 10 s each."""
 FEW_ITERATIONS = 12
+BART_PENALTIES = (("L", 8), ("L", 4), ("T", 0), ("TJ", 0))
+"""Penalty (that of each coefficient image by itself, or joint over them) and block, where it has any."""
 
 
 def random_problem(

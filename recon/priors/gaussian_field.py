@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from quantitron.recon.priors.neighbourhood import neighbourhood_mean, neighbourhood_voxels
+
 _AXES = (0, 2, 3)  # (x, z, y) of (x, k, z, y)
 
 
@@ -34,6 +36,10 @@ class GaussianField:
             correlation_length: ell [m]; 0 makes voxels independent of each other.
             power: decay of the spectrum.
         """
+        self._expected = expected
+        self._voxel_size = voxel_size
+        self._correlation_length = correlation_length
+        self._power = power
         nx, _, nz, ny = expected.shape
         x, z, y = (
             (2 * math.pi / edge) * torch.fft.fftfreq(n, device=expected.device)
@@ -43,12 +49,34 @@ class GaussianField:
         spectrum = (1 + square * correlation_length**2) ** -power
         self._inverse_spectrum = (spectrum.mean() / spectrum)[:, None]  # (x, 1, z, y)
         self._inverse_amplitude = expected.rsqrt()
-        self._correlated = correlation_length > 0
+
+    def learnt_around(self, u: Tensor, width: float, voxels: float) -> GaussianField:
+        """The field whose mean squares are those of ``u`` in the neighbourhood of each voxel.
+
+        Mean squares over a whole object suit none of its parts: what is rare there, such as fluid among
+        tissue, is drawn to what is common. Those around a voxel are uncertain in their turn, so they are
+        mixed with the ones that this field expects, as the posterior of a variance does under its conjugate
+        prior, the inverse gamma distribution (Gelman, Bayesian Data Analysis, 2.6).
+
+        Args:
+            u: an estimate (x, k, z, y) complex.
+            width: standard deviation of the neighbourhood, in voxels of the shortest edge.
+            voxels: how many voxels of evidence the present expectation counts for.
+        """
+        shortest = min(self._voxel_size)
+        x, z, y = (
+            width * shortest / edge if n > 1 else 0.0
+            for edge, n in zip(self._voxel_size, (u.shape[0], *u.shape[2:]), strict=True)
+        )
+        around = neighbourhood_mean(u.abs().square(), (x, z, y))
+        evidence = neighbourhood_voxels((x, z, y))
+        expected = (voxels * self._expected + evidence * around) / (voxels + evidence)
+        return GaussianField(expected, self._voxel_size, self._correlation_length, self._power)
 
     def precision(self, u: Tensor) -> Tensor:
         """W U: (x, k, z, y) -> (x, k, z, y)."""
         scaled = self._inverse_amplitude * u
-        if self._correlated:
+        if self._correlation_length > 0:
             spectrum = torch.fft.fftn(scaled, dim=_AXES)
             scaled = torch.fft.ifftn(self._inverse_spectrum * spectrum, dim=_AXES)
         return self._inverse_amplitude * scaled

@@ -11,6 +11,9 @@ passes, each of which tells the next what it must know (METHODS 1, 3, 4):
 2. with the field taken out, a narrow basis whose variances are the dictionary's gives U;
 3. the second moments of that U inside the object replace the dictionary's: the components are turned to the
    principal axes of the signals that are there, each with its own variance (empirical Bayes).
+
+Methods whose ``neighbourhood`` is not 0 make a fourth, with the variances around each voxel in place of the
+whole object's: what is rare, such as fluid, is then not drawn to what is common.
 """
 
 from __future__ import annotations
@@ -73,8 +76,6 @@ class CartesianSolver(CoefficientSolver):
     """Conjugate gradient steps of the first pass."""
     learning_iterations: int = field(default=12, metadata={"minimum": 0})
     """Conjugate gradient steps of the second pass, from which the basis is learnt; 0: the dictionary's."""
-    linear_iterations: int = field(default=10, metadata={"minimum": 1})
-    """Conjugate gradient steps of the third pass."""
     t1_range: tuple[float, float] = field(default=TISSUE_RANGE["t1"], metadata={"above": 0})
     """T1 [s] of the tissue that is expected; widen it for phantoms with shorter ones."""
     t2_range: tuple[float, float] = field(default=TISSUE_RANGE["t2"], metadata={"above": 0})
@@ -142,7 +143,7 @@ class CartesianSolver(CoefficientSolver):
         )
 
     def linear_estimate(self, problem: Problem, progress: Progress) -> LinearEstimate:
-        """The three passes."""
+        """All passes."""
         protocol, reduced = problem.protocol, problem.reduced
         noise = 1.0 if problem.noise_known else noise_variance(reduced)
         ranges = {**TISSUE_RANGE, "t1": self.t1_range, "t2": self.t2_range, "t2star": self.t2star_range}
@@ -185,7 +186,7 @@ class CartesianSolver(CoefficientSolver):
         b0: Tensor,
         progress: Progress,
     ) -> LinearEstimate:
-        """Second and third pass: learn the basis from the scan, and estimate in it.
+        """From the second pass on: learn the basis from the scan, and estimate in it.
 
         Args:
             problem: the slice.
@@ -212,7 +213,7 @@ class CartesianSolver(CoefficientSolver):
         progress("third pass", 0.3)
         coefficients = self.solve_with_prior(operator, data, prior, noise, self.linear_iterations, start)
         dz, dy, dx = problem.encoding.voxel_size
-        return LinearEstimate(
+        estimate = LinearEstimate(
             operator=operator,
             data=data,
             coefficients=coefficients,
@@ -224,3 +225,4 @@ class CartesianSolver(CoefficientSolver):
             problem=problem,
             mask=mask,
         )
+        return self.learnt_around(estimate)

@@ -10,8 +10,8 @@ terms of the estimate alone works for both: see ``llr.py``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from quantitron.recon.solvers.solver import Solver
 
 LEAST_TOLERANCE = 1e-4
 """Relative residual below which no more is asked of single precision."""
+EXPECTATION_VOXELS = 10.0
+"""Voxels of evidence that the whole object counts for where variances are learnt around each voxel."""
 
 
 class NormalOperator(Protocol):
@@ -133,10 +135,15 @@ class CoefficientEstimate:
         return residual / (self.operator.samples * self.noise)
 
 
+AnyEstimate = TypeVar("AnyEstimate", bound=CoefficientEstimate)
+
+
 @dataclass(frozen=True)
 class CoefficientSolver(Solver):
     """Settings of the steps by which coefficient images are found."""
 
+    linear_iterations: int = field(default=10, metadata={"minimum": 1})
+    """Conjugate gradient steps of the last pass of the linear estimate."""
     most_iterations: int = field(default=60, metadata={"minimum": 1})
     """Most steps of any pass; above the numbers of steps, which are the least, until the tolerance is met."""
     tolerance: float = field(default=6.0, metadata={"minimum": 0})
@@ -149,6 +156,9 @@ class CoefficientSolver(Solver):
     """Factor on the penalty of the last pass; 1 is the statistical estimate if the prior is exact."""
     correlation_length: float = field(default=8e-3, metadata={"minimum": 0})
     """Length [m] over which coefficients are expected to be alike; 0 makes voxels independent."""
+    neighbourhood: float = field(default=0.0, metadata={"minimum": 0})
+    """Standard deviation [voxels of the shortest edge] of the neighbourhood whose variances a last pass
+    expects in each voxel; 0 takes those of the whole object everywhere, and there is no such pass."""
 
     def expected(
         self,
@@ -171,6 +181,32 @@ class CoefficientSolver(Solver):
         variance = basis.variance[:, None, None] * energy.permute(2, 0, 1)[:, None]  # (x, k, z, y)
         variance = (variance / (regularisation * noise)).to(problem.device)
         return GaussianField(variance, (dx, dz, dy), self.correlation_length)
+
+    def learnt_around(self, estimate: AnyEstimate) -> AnyEstimate:
+        """The estimate once more, with the variances that each voxel's neighbourhood showed in the first.
+
+        Args:
+            estimate: the linear estimate with variances of the whole object.
+
+        Returns:
+            The same where ``neighbourhood`` is 0.
+        """
+        if self.neighbourhood == 0:
+            return estimate
+        # The prior counts in units of the noise.
+        unit = (self.regularisation * estimate.noise) ** 0.5
+        prior = estimate.prior.learnt_around(
+            estimate.coefficients / unit, self.neighbourhood, EXPECTATION_VOXELS
+        )
+        coefficients = self.solve_with_prior(
+            estimate.operator,
+            estimate.data,
+            prior,
+            estimate.noise,
+            self.linear_iterations,
+            estimate.coefficients,
+        )
+        return replace(estimate, prior=prior, coefficients=coefficients)
 
     def settle(
         self,

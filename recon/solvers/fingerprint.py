@@ -149,8 +149,6 @@ class FingerprintSolver(CoefficientSolver, FingerprintMethod):
 
     learning_iterations: int = field(default=12, metadata={"minimum": 0})
     """Conjugate gradient steps of the first pass, from which the basis is learnt; 0: the dictionary's."""
-    linear_iterations: int = field(default=10, metadata={"minimum": 1})
-    """Conjugate gradient steps of the second pass."""
 
     def refine(self, estimate: FingerprintEstimate, seed: int, progress: Progress) -> Tensor:
         """Coefficient images (x, k, z, y) of this method.
@@ -174,7 +172,7 @@ class FingerprintSolver(CoefficientSolver, FingerprintMethod):
         progress("done", 1.0)
 
     def linear_estimate(self, problem: FingerprintProblem, progress: Progress) -> FingerprintEstimate:
-        """Both passes."""
+        """All passes."""
         prepared = self.prepare(problem, progress)
         noise, energy = prepared.noise, prepared.energy
         basis = _detectable(prepared.basis, energy * _mean_density(prepared.sums) / noise, DETECTABLE / 10)
@@ -202,7 +200,7 @@ class FingerprintSolver(CoefficientSolver, FingerprintMethod):
         progress("second pass", 0.25)
         coefficients = self.solve_with_prior(operator, data, prior, noise, self.linear_iterations, start)
         dz, dy, dx = problem.encoding.voxel_size
-        return FingerprintEstimate(
+        estimate = FingerprintEstimate(
             operator=operator,
             data=data,
             coefficients=coefficients,
@@ -213,6 +211,7 @@ class FingerprintSolver(CoefficientSolver, FingerprintMethod):
             voxel_size=(dx, dz, dy),
             mask=mask,
         )
+        return self.learnt_around(estimate)
 
 
 def _detectable(basis: CoefficientBasis, signal_to_noise: Tensor, least: float) -> CoefficientBasis:

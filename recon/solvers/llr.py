@@ -5,8 +5,9 @@
 A holds sampling, Fourier transform, coils, field and basis (the linear estimate brings all of them), C_b is
 the matrix (k, voxels) of block b, ||.||_* the sum of its singular values; the blocks tile the volume and are
 shifted at random (Trzasko and Manduca 2011; Zhang 2015; Tamir 2017). Q is the Gaussian prior of the linear
-estimate: low rank says which signals are together in a block, and nothing about their places in it. The
-weight is in units of the largest singular value of noise: one preset serves all accelerations. METHODS 4.
+estimate, its variances learnt around each voxel: low rank says which signals are together in a block, and
+nothing about their places in it. The weight is in units of the largest singular value of noise: one preset
+serves all accelerations. METHODS 4.
 
 Two algorithms:
 
@@ -40,22 +41,24 @@ class LowRankBlocks(CoefficientSolver):
     """Settings of the locally low-rank reconstruction, of any kind of scan."""
 
     linear_iterations: int = field(default=4, metadata={"minimum": 1})
-    """Conjugate gradient steps of the third pass: only a start is wanted here."""
-    weight: float = field(default=0.2, metadata={"above": 0})
+    """Conjugate gradient steps of the linear estimate's passes: only a start is wanted here."""
+    neighbourhood: float = field(default=1.0, metadata={"minimum": 0})
+    """Of the linear estimate's prior [voxels]: see there."""
+    weight: float = field(default=0.1, metadata={"above": 0})
     """Threshold of the singular values, in units of the largest one of pure noise."""
     block: int = field(default=3, metadata={"minimum": 1})
     """Edge of a block [voxels]."""
-    field_share: float = field(default=0.4, metadata={"minimum": 0})
+    field_share: float = field(default=0.8, metadata={"minimum": 0})
     """Share of the linear estimate's prior that is kept; 0 is locally low rank alone."""
     random_shifts: bool = True
     """Whether the blocks move from round to round."""
-    tilings: int = field(default=1, metadata={"minimum": 1})
+    tilings: int = field(default=4, metadata={"minimum": 1})
     """Tilings by blocks, each shifted at random, that share the penalty of a round; ``reweighted`` only.
 
     Several leave no trace of the blocks' borders, and conjugate gradients take fewer steps."""
     algorithm: str = field(default="reweighted", metadata={"choices": ("reweighted", "fista")})
     """How the objective is minimised."""
-    rounds: int = field(default=5, metadata={"minimum": 1})
+    rounds: int = field(default=3, metadata={"minimum": 1})
     """Quadratic problems of ``reweighted``."""
     iterations: int = field(default=5, metadata={"minimum": 1})
     """Conjugate gradient steps in each of them, at least."""

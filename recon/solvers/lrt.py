@@ -1,13 +1,15 @@
 """Low-rank tensor: contrast and echo axes of low rank each in every neighbourhood, and total variation.
 
-    minimise over U:   1/2 ||s - A U||^2 + TV(U) + sum_b ( ||T_b(U)_(contrast)||_* + ||T_b(U)_(echo)||_* )
+    minimise over U:   1/2 ||s - A U||^2 + field_share Q(U) + TV(U)
+                       + sum_b ( ||T_b(U)_(contrast)||_* + ||T_b(U)_(echo)||_* )
 
-A holds sampling, Fourier transform, coils, field and basis (the linear estimate brings them all), TV is the
-joint total variation of ``lrtv.py``. The images over (voxel, contrast, echo) are a tensor of Tucker form:
-its factors along contrast and echo are found by a higher-order SVD of the linear estimate (He 2016 finds them
-in training data), and in each block of voxels the core T_b, unfolded along either axis, should be of low rank
-still (sum of nuclear norms: Liu 2013). Solved by the alternating direction method of multipliers with
-conjugate gradients inside, as in He 2016. Weights are in units of the noise. METHODS 4.
+A holds sampling, Fourier transform, coils, field and basis (the linear estimate brings them all), Q is the
+Gaussian prior and TV the joint total variation of ``lrtv.py``. The images over (voxel, contrast, echo) are a
+tensor of Tucker form: its factors along contrast and echo are found by a higher-order SVD of the linear
+estimate (He 2016 finds them in training data), and in each block of voxels the core T_b, unfolded along
+either of them, should be of low rank still (sum of nuclear norms: Liu 2013). Solved by the alternating
+direction method of multipliers with conjugate gradients inside, as in He 2016. Weights are in units of the
+noise. METHODS 4.
 """
 
 from __future__ import annotations
@@ -35,10 +37,14 @@ class LowRankTensor(CartesianSolver):
     name: ClassVar[str] = "lrt"
 
     linear_iterations: int = field(default=4, metadata={"minimum": 1})
-    """Conjugate gradient steps of the third pass: only a start is wanted here."""
-    total_variation: float = field(default=0.1, metadata={"above": 0})
+    """Conjugate gradient steps of the linear estimate's passes: only a start is wanted here."""
+    neighbourhood: float = field(default=1.0, metadata={"minimum": 0})
+    """Of the linear estimate's prior [voxels]: see there."""
+    field_share: float = field(default=0.5, metadata={"minimum": 0})
+    """Share of the linear estimate's prior that is kept."""
+    total_variation: float = field(default=0.07, metadata={"above": 0})
     """Factor on total variation, whose scale follows from the noise and the edges of the scan."""
-    weight: float = field(default=0.05, metadata={"above": 0})
+    weight: float = field(default=0.03, metadata={"above": 0})
     """Threshold of the unfoldings' singular values, in units of the largest one of pure noise."""
     block: int = field(default=4, metadata={"minimum": 1})
     """Edge of a block [voxels]."""
@@ -56,6 +62,7 @@ class LowRankTensor(CartesianSolver):
     def refine(self, estimate: LinearEstimate, seed: int, progress: Progress) -> Tensor:
         """Minimise the objective from the linear estimate on."""
         operator, noise = estimate.operator, estimate.noise
+        prior, share = estimate.prior, self.field_share
         generator = torch.Generator().manual_seed(seed)
         edges = estimate.total_variation(self.total_variation)
         tensor = TuckerBasis(
@@ -89,8 +96,10 @@ class LowRankTensor(CartesianSolver):
             return torch.cat([part.flatten() for part in (edges.shrink(differences, step), *shrunk)])
 
         ones = torch.ones_like(images[:, :1].real)
-        diagonal = operator.mean_diagonal()[:, None, None] + scale * (
-            0.3 * edges.diagonal(ones) + 2 * unit**2
+        diagonal = (
+            operator.mean_diagonal()[:, None, None]
+            + scale * (0.3 * edges.diagonal(ones) + 2 * unit**2)
+            + 0.3 * share * prior.diagonal()
         )
 
         def closest(v: Tensor, factor: float, last: Tensor) -> Tensor:
@@ -101,6 +110,7 @@ class LowRankTensor(CartesianSolver):
                     operator(u)
                     + factor
                     * (edges.adjoint(edges.operator(u)) + 2 * unit**2 * tensor.images(tensor.core(u)))
+                    + (share * prior.precision(u) if share else 0.0)
                 ),
                 estimate.data + factor * target,
                 start=last,

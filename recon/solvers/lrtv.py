@@ -1,12 +1,14 @@
 """Low rank and total variation: a subspace, and edges that all coefficient images have in common.
 
-    minimise over U:   1/2 ||s - A U||^2 + R(U),     R(U) = weight sum_r |c (D U)(r)|
+    minimise over U:   1/2 ||s - A U||^2 + field_share Q(U) + R(U),     R(U) = weight sum_r |c (D U)(r)|
 
 A holds sampling, Fourier transform, coils, field and basis (the linear estimate brings all of them), D the
 differences between neighbours and |.| the length over directions and components together: joint (vectorial)
 total variation (Bresson and Chan 2008). c counts the differences of each component in units of their size in
 the linear estimate: an edge that the strong components show at high signal-to-noise ratio is free for the
-weak ones that carry T2 and T2*. METHODS 4.
+weak ones that carry T2 and T2*. Q is the Gaussian prior of the linear estimate, its variances learnt around
+each voxel: total variation is about differences only, and says nothing of how large a component is where.
+METHODS 4.
 
 Three algorithms reach the same minimiser:
 
@@ -14,7 +16,8 @@ reweighted   R is bounded from above by a quadratic that touches it at the prese
              problem takes some conjugate gradient steps (Wohlberg and Rodriguez 2007). Differences below
              ``smoothing`` of the typical one cost their square.
 admm         R is split off (Boyd 2011); no smoothing, each round as dear as one above, and more of them.
-primal_dual  Condat 2013 and Vu 2013; no inner problem, hundreds of steps.
+primal_dual  Condat 2013 and Vu 2013; no inner problem, hundreds of steps; without Q, whose curvature would
+             make them tiny.
 """
 
 from __future__ import annotations
@@ -48,9 +51,13 @@ class SharedEdges(CoefficientSolver):
     """Settings of the reconstruction with total variation on the coefficient images, of any kind of scan."""
 
     linear_iterations: int = field(default=4, metadata={"minimum": 1})
-    """Conjugate gradient steps of the third pass: only a start is wanted here."""
-    weight: float = field(default=0.15, metadata={"above": 0})
+    """Conjugate gradient steps of the linear estimate's passes: only a start is wanted here."""
+    neighbourhood: float = field(default=1.0, metadata={"minimum": 0})
+    """Of the linear estimate's prior [voxels]: see there."""
+    weight: float = field(default=0.1, metadata={"above": 0})
     """Factor on total variation, whose scale follows from the noise and the edges of the scan."""
+    field_share: float = field(default=0.5, metadata={"minimum": 0})
+    """Share of the linear estimate's prior that is kept; 0 is total variation alone."""
     algorithm: str = field(default="reweighted", metadata={"choices": ("reweighted", "admm", "primal_dual")})
     """How the objective is minimised."""
     rounds: int = field(default=2, metadata={"minimum": 1})
@@ -64,6 +71,18 @@ class SharedEdges(CoefficientSolver):
     change: float = field(default=1e-4, metadata={"minimum": 0})
     """Relative change of U at which either algorithm ends."""
 
+    def __post_init__(self) -> None:
+        """Refuse what ``primal_dual`` cannot do.
+
+        Raises:
+            ValueError: if it should keep the linear estimate's prior, or as for all solvers of such scans.
+        """
+        super().__post_init__()
+        if self.algorithm == "primal_dual" and self.field_share > 0:
+            raise ValueError(
+                "algorithm primal_dual is for total variation alone; set field_share to 0 with it"
+            )
+
     def refine(self, estimate: CoefficientEstimate, seed: int, progress: Progress) -> Tensor:
         """Minimise the objective from the linear estimate on."""
         penalty = estimate.total_variation(self.weight)
@@ -76,39 +95,41 @@ class SharedEdges(CoefficientSolver):
     def _reweighted(
         self, estimate: CoefficientEstimate, penalty: JointTotalVariation, progress: Progress
     ) -> Tensor:
-        operator, u = estimate.operator, estimate.coefficients
+        operator, prior, share, u = estimate.operator, estimate.prior, self.field_share, estimate.coefficients
+        fixed = operator.mean_diagonal()[:, None, None] + 0.3 * share * prior.diagonal()
         # The typical length of a difference: every component and direction adds 1 to its square.
         axes = sum(n > 1 for n in (u.shape[0], *u.shape[2:]))
         typical = float(max(axes, 1) * u.shape[1]) ** 0.5
         for number in range(self.rounds):
             progress("total variation", number / self.rounds)
             weights = penalty.reweighting(u, self.smoothing * typical)
-            diagonal = operator.mean_diagonal()[:, None, None] + 0.3 * penalty.diagonal(weights)
-            previous, u = (
-                u,
-                self.settle(
-                    operator,
-                    estimate.noise,
-                    lambda image: operator(image) + penalty.precision(image, weights),  # noqa: B023
-                    estimate.data,
-                    diagonal,
-                    self.iterations,
-                    u,
-                ),
-            )
+            diagonal = fixed + 0.3 * penalty.diagonal(weights)
+
+            def normal(image: Tensor, weights: Tensor = weights) -> Tensor:
+                total = operator(image) + penalty.precision(image, weights)
+                return total + share * prior.precision(image) if share else total
+
+            previous = u
+            u = self.settle(operator, estimate.noise, normal, estimate.data, diagonal, self.iterations, u)
             if float((u - previous).norm()) <= self.change * float(u.norm()):
                 break
         return u
 
     def _admm(self, estimate: CoefficientEstimate, penalty: JointTotalVariation) -> Tensor:
-        operator = estimate.operator
+        operator, prior, share = estimate.operator, estimate.prior, self.field_share
         scale = SPLITTING_PENALTY * estimate.noise
         ones = torch.ones_like(estimate.coefficients[:, :1].real)
-        diagonal = operator.mean_diagonal()[:, None, None] + 0.3 * scale * penalty.diagonal(ones)
+        diagonal = operator.mean_diagonal()[:, None, None] + 0.3 * (
+            scale * penalty.diagonal(ones) + share * prior.diagonal()
+        )
 
         def closest(target: Tensor, factor: float, last: Tensor) -> Tensor:
             return conjugate_gradient(
-                lambda image: operator(image) + factor * penalty.adjoint(penalty.operator(image)),
+                lambda image: (
+                    operator(image)
+                    + factor * penalty.adjoint(penalty.operator(image))
+                    + (share * prior.precision(image) if share else 0.0)
+                ),
                 estimate.data + factor * penalty.adjoint(target),
                 start=last,
                 preconditioner=lambda residual: residual / diagonal,
