@@ -519,7 +519,7 @@ def test_lines_held_out_are_not_trained_on():
     records.append(training.run(_quiet)[1])
     assert records[0].losses == records[1].losses
     assert records[1].held_out[0][1] > 2 * records[0].held_out[0][1]
-    assert training._operator.samples + training._left_out.samples == lines.acquired_samples
+    assert training._operator.samples + training._left_out.operator.samples == lines.acquired_samples
     assert _training(held_out=0.2, lines=False).run(_quiet)[1].held_out == ()
 
 

@@ -24,7 +24,7 @@ from quantitron.recon.networks.fields import ComplexField, CoordinateNetwork, Re
 from quantitron.recon.networks.hash_layout import HashGridLayout, grid_coordinates
 from quantitron.recon.networks.low_rank_block import LowRankBlock, SharedFeatureNetwork
 from quantitron.recon.operators.frame_data_term import FrameDataTerm
-from quantitron.recon.operators.reduced_data_term import reduced_data_term
+from quantitron.recon.operators.reduced_data_term import ReducedDataTerm
 from quantitron.recon.operators.subspace import off_resonance_phase
 from quantitron.recon.priors.block_matching import Matches, match_blocks
 from quantitron.recon.priors.weighted_nuclear_norm import weighted_nuclear_norm
@@ -214,7 +214,8 @@ class JointTraining:
         """
         self.problem, self.estimate, self.start, self.settings = problem, estimate, start, settings
         self._csm = estimate.operator.csm
-        self._operator, self._left_out = estimate.operator, None
+        self._operator = estimate.operator
+        self._left_out: ReducedDataTerm | None = None
         kspace: KSpace | None = problem.kspace
         if kspace is not None:
             generator = torch.Generator().manual_seed(problem.seed)
@@ -222,12 +223,14 @@ class JointTraining:
             if aside is not None:
                 kspace = kept
                 self._operator = estimate.operator.with_sums(reduce_kspace(kept, problem.reduced.basis))
-                self._left_out = estimate.operator.with_sums(reduce_kspace(aside, problem.reduced.basis))
+                left_out = reduce_kspace(aside, problem.reduced.basis)
+                self._left_out = ReducedDataTerm(estimate.operator.with_sums(left_out))
         self._frames: FrameDataTerm | None = None
         if settings.frames:
             if kspace is None:
                 raise ValueError("the data term by frames needs the sampled lines")
             self._frames = FrameDataTerm(kspace, self._csm.device)
+        self._reduced = None if settings.frames else ReducedDataTerm(self._operator)
         # Voxels outside the mask have no inversion efficiency of their own.
         model, x, z, y = start.model, *start.mask.shape
         if model.inversion is not None:
@@ -301,13 +304,14 @@ class JointTraining:
     def residual_to_noise(self, networks: JointNetworks, maps: MapEstimate) -> float:
         """||s - A U||^2 / (samples noise) of maps, for the coil maps of the networks and all lines."""
         operator = self.estimate.operator
+        term = ReducedDataTerm(operator)
         coefficients = maps.coefficients()  # (x, k, z, y)
         total = 0.5 * operator.energy
         with torch.no_grad():
             for first in range(0, networks.shape[0], self.settings.batch):
                 block = networks.block(slice(first, first + self.settings.batch))
                 csm = networks.csm(block, self._csm[block.part])
-                total += operator.value_and_gradients(block.part, coefficients[block.part], csm)[0]
+                total += float(term(block.part, coefficients[block.part], csm))
         return 2 * total / (operator.samples * self.estimate.noise)
 
     def unknowns(self, networks: JointNetworks) -> MapEstimate:
@@ -323,8 +327,9 @@ class JointTraining:
 
     def _data(self, block: _Block, images: Tensor, csm: Tensor, theta: Tensor | None) -> Tensor:
         """1/2 ||s - A U||^2 - 1/2 ||s||^2; by frames, of the signals themselves."""
-        if self._frames is None:
-            return reduced_data_term(self._operator, block.part, images, csm)
+        if self._reduced is not None:
+            return self._reduced(block.part, images, csm)
+        assert self._frames is not None
         x, z, y = block.shape
         protocol = self.problem.protocol
         mixing = self.estimate.basis.mixing.to(images)
@@ -385,14 +390,15 @@ class JointTraining:
     def _residual(self, networks: JointNetworks, blocks: list[_Block]) -> float:
         """||s - A U||^2 / (samples noise) of the lines held out, for PMR's maps."""
         assert self._left_out is not None
-        total = 0.5 * self._left_out.energy
+        operator = self._left_out.operator
+        total = 0.5 * operator.energy
         for block in blocks:
             x, z, y = block.shape
             modelled = self._block_model(block).coefficients(networks.theta(block))
             images = modelled.reshape(x, z, y, -1).permute(0, 3, 1, 2)
             csm = networks.csm(block, self._csm[block.part])
-            total += self._left_out.value_and_gradients(block.part, images, csm)[0]
-        return 2 * total / (self._left_out.samples * self.estimate.noise)
+            total += float(self._left_out(block.part, images, csm))
+        return 2 * total / (operator.samples * self.estimate.noise)
 
     def _fit_start(self, networks: JointNetworks, blocks: list[_Block]) -> None:
         """Image-domain fit of both blocks to the linear estimate: no Fourier transforms, a few epochs.
