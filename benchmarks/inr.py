@@ -34,7 +34,8 @@ from quantitron.host.compare import compare
 from quantitron.phantoms.simulate import simulate
 from quantitron.recon.solvers import LoREIN
 from quantitron.recon.solvers.cartesian import CartesianSolver
-from quantitron.recon.solvers.lorein_joint import JointNetworks, JointSettings, JointTraining
+from quantitron.recon.solvers.joint_networks import JointNetworks, JointSettings
+from quantitron.recon.solvers.lorein_joint import JointTraining
 from quantitron.recon.solvers.map_estimate import start_from
 
 SCANS = {"vfa_gre": VFA, "t2ir_gre": T2IR}

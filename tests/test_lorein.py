@@ -24,7 +24,8 @@ from quantitron.recon.operators.reduced_sense import ReducedSense
 from quantitron.recon.signal.map_model import normal_blocks
 from quantitron.recon.solvers import LoREIN, ModelBased, Subspace
 from quantitron.recon.solvers.cartesian import LinearEstimate
-from quantitron.recon.solvers.lorein_joint import JointNetworks, JointSettings, JointTraining
+from quantitron.recon.solvers.joint_networks import JointNetworks, JointSettings
+from quantitron.recon.solvers.lorein_joint import JointTraining
 from quantitron.recon.solvers.map_estimate import MapEstimate, start_from
 from quantitron.recon.solvers.map_networks import MapNetworks, marginal_precision
 from quantitron.recon.solvers.map_objective import Attraction, MapObjective
