@@ -83,6 +83,7 @@ class JointTraining:
             self._frames = FrameDataTerm(kspace, self._csm.device)
         self._reduced = None if settings.frames else ReducedDataTerm(self._operator)
         self._background: Tensor | None = None if settings.everywhere else start.background
+        self._still: dict[int, float] = {}
         # Voxels outside the mask have no inversion efficiency of their own.
         model, x, z, y = start.model, *start.mask.shape
         if model.inversion is not None and settings.everywhere:
@@ -139,8 +140,7 @@ class JointTraining:
         """
         csm = networks.csm(block, self._csm[block.part])
         u = networks.coefficients(block)  # (x, k, z, y)
-        positions = self._csm.shape[0]
-        unit = self._operator.samples * self.estimate.noise * (block.shape[0] / positions)
+        unit = self._unit(block)
         terms = {"dc1": self._data(block, u, csm, None) / unit}
         if both:
             theta = networks.theta(block)
@@ -217,24 +217,48 @@ class JointTraining:
         both = number >= self.settings.low_rank_epochs
         sums: dict[str, float] = {}
         for index in torch.randperm(len(blocks), generator=generator).tolist():
-            terms = self.terms(networks, blocks[index], both)
-            if blocks[index].maps.voxels:  # else there is nothing to learn
-                loss = torch.stack(list(terms.values())).sum()
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
+            terms = self.step(networks, blocks[index], optimizer, both)
             share = blocks[index].shape[0] / self._csm.shape[0]  # the last block may be smaller
             for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach()) * share
+                sums[name] = sums.get(name, 0.0) + value * share
         offset = 0.5 * self._operator.energy / (self._operator.samples * self.estimate.noise)
         losses = {name: value + (offset if name != "prior" else 0.0) for name, value in sums.items()}
         if both and self._matches is not None:
-            value = self.settings.wnnm * self._nuclear_norm(networks, blocks, self._matches)
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            losses["wnnm"] = float(value.detach())
+            losses["wnnm"] = self.norm_step(networks, blocks, optimizer)
         return losses
+
+    def step(
+        self, networks: JointNetworks, block: Block, optimizer: Optimizer, both: bool = True
+    ) -> dict[str, float]:
+        """A step for the terms of a run of readout positions; their values before it."""
+        if not block.maps.voxels:  # nothing to learn: what is known gives the same in every epoch
+            first = block.part.start
+            if first not in self._still:
+                csm, nothing = self._csm[block.part], self.start.background[block.part] * 0
+                unit = self._unit(block)
+                self._still[first] = float(self._data(block, nothing, csm, None)) / unit
+            known = self._still[first]
+            return {"dc1": known, "dc2": known, "prior": 0.0} if both else {"dc1": known}
+        terms = self.terms(networks, block, both)
+        loss = torch.stack(list(terms.values())).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return {name: float(value.detach()) for name, value in terms.items()}
+
+    def norm_step(self, networks: JointNetworks, blocks: list[Block], optimizer: Optimizer) -> float:
+        """A step for WNNM of the whole maps; its value before it."""
+        assert self._matches is not None
+        value = self.settings.wnnm * self._nuclear_norm(networks, blocks, self._matches)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return float(value.detach())
+
+    def _unit(self, block: Block) -> float:
+        """What noise alone gives in the samples of a block: ||.||^2."""
+        share = block.shape[0] / self._csm.shape[0]
+        return self._operator.samples * self.estimate.noise * share
 
     def _nuclear_norm(self, networks: JointNetworks, blocks: list[Block], matches: Matches) -> Tensor:
         """WNNM of all maps, inside the mask."""
