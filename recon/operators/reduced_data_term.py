@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from quantitron.recon.operators.reduced_sense import ReducedSense
 
 _AXES = (-2, -1)  # (z, y)
-_CACHED = 1_000_000
+_CACHED = 1_100_000
 """Bytes that the coil images worked on together take on a CPU: what one core's cache holds."""
 
 

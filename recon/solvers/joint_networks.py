@@ -171,13 +171,18 @@ class JointNetworks(nn.Module):
         u: Tensor = self.low_rank(block.maps, block.shape, block.places)
         return u
 
-    def theta(self, block: Block) -> Tensor:
-        """PMR's unknowns (v, p) of the voxels of a block, in the order of ``MapModel.names``."""
+    def theta(self, block: Block, field: bool = True) -> Tensor:
+        """PMR's unknowns (v, p) of the voxels of a block, in the order of ``MapModel.names``.
+
+        Args:
+            block: the voxels.
+            field: whether the off-resonance is wanted; else it is zero, and its network is not asked.
+        """
         logarithms = self.maps(block.maps).log()  # (maps, v)
         columns = dict(zip(self.positive, logarithms, strict=True))
         angular = [self.phase(block.phase)[0].angle()]
         if self.residual_field is not None:
-            angular.append(self.residual_field(block.phase)[0])
+            angular.append(self.residual_field(block.phase)[0] if field else torch.zeros_like(angular[0]))
         low, high = math.log(LEAST_TIME), math.log(LARGEST_TIME)
         columns |= {number: columns[number].clamp(low, high) for number in self.times}
         columns |= dict(zip(self.angular, angular, strict=True))

@@ -261,8 +261,8 @@ class JointTraining:
         return self._operator.samples * self.estimate.noise * share
 
     def _nuclear_norm(self, networks: JointNetworks, blocks: list[Block], matches: Matches) -> Tensor:
-        """WNNM of all maps, inside the mask."""
-        theta = torch.cat([networks.theta(block) for block in blocks])  # (voxels, p)
+        """WNNM of all maps but the off-resonance, which has no weight, inside the mask."""
+        theta = torch.cat([networks.theta(block, field=False) for block in blocks])  # (voxels, p)
         x, z, y = self.start.mask.shape
         inside = self.start.mask.flatten()
         values = (theta - self._mean) / self._spread
