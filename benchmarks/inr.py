@@ -2,14 +2,14 @@
 
     python benchmarks/inr.py accuracy delics_vol00.npz [mni] [--scans vfa_gre:12,27] [--seeds 1,2,3]
     python benchmarks/inr.py epoch delics_vol00.npz
+    python benchmarks/inr.py equal delics_vol00.npz [--epochs 40]
 
 accuracy: scans of real in-vivo maps (Deli-CS volumes, benchmarks/invivo.py) and of the MNI brain, SNR 30, the
 object twice finer than the scan and averaged over each scan voxel. Every pipeline runs as it ships, in a
 process of its own: seconds and peak memory are those of ``quantitron replay``, from raw file to maps.
 
-epoch: one epoch of LoREIN's joint training on vfa_gre R 12, as this package computes it, at the object's
-voxels and at all of them, and as the publications do (benchmarks/published_epoch.py). Their steps alternate:
-other work on the machine slows all of them alike. The losses of the forms at all voxels agree.
+epoch, equal: LoREIN's joint training as this package computes it and as the publications do (joint_forms.py):
+time of an epoch of the vfa_gre scan R 12, and errors after a training on a quarter of it.
 """
 
 from __future__ import annotations
@@ -18,29 +18,19 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from invivo import phantom
+from joint_forms import epoch, equal
 from measured_replay import measured_replay
-from published_epoch import PlainFrames, gathering
-from scan_problem import load
 from subspace import AVERAGE, T2IR, VFA
 
 from quantitron.host.compare import compare
 from quantitron.phantoms.simulate import simulate
-from quantitron.recon.data import Problem
-from quantitron.recon.solvers import LoREIN
-from quantitron.recon.solvers.cartesian import CartesianSolver, LinearEstimate
-from quantitron.recon.solvers.joint_networks import JointNetworks, JointSettings
-from quantitron.recon.solvers.lorein_joint import JointTraining
-from quantitron.recon.solvers.map_estimate import MapEstimate, start_from
-from quantitron.recon.solvers.training import ParameterGroup, Schedule, adam
 
 SCANS = {"vfa_gre": VFA, "t2ir_gre": T2IR}
 ROLES = ("T1", "T2", "T2STAR")
@@ -116,80 +106,6 @@ def accuracy(
     return rows
 
 
-FORMS = {
-    "reduced, sparse matrix, object": (False, False),
-    "reduced, sparse matrix": (False, True),
-    "frames, gather and scatter": (True, True),
-}
-"""Name -> frame by frame, at all voxels: the last one is the published form."""
-
-
-class Form:
-    """One way of computing the joint training, with networks of its own."""
-
-    def __init__(self, problem: Problem, estimate: LinearEstimate, start: MapEstimate, name: str) -> None:
-        frames, everywhere = FORMS[name]
-        settings = JointSettings(held_out=0.0, frames=frames, log2_rows=15, everywhere=everywhere)
-        self.training = JointTraining(problem, estimate, start, settings)
-        with gathering() if frames else nullcontext():
-            self.networks = JointNetworks(estimate, start, settings, 0)
-        if frames:
-            assert problem.kspace is not None
-            self.training._frames = PlainFrames(problem.kspace)  # type: ignore[assignment]
-        positions = range(0, self.networks.shape[0], settings.batch)
-        self.blocks = [self.networks.block(slice(first, first + settings.batch)) for first in positions]
-        self.optimizer = adam([ParameterGroup(self.networks.parameters())], Schedule(1))
-        self.seconds = 0.0
-
-    def step(self, block: int) -> dict[str, float]:
-        """One step of the data terms."""
-        begun = time.perf_counter()
-        terms = self.training.step(self.networks, self.blocks[block], self.optimizer)
-        self.seconds += time.perf_counter() - begun
-        return terms
-
-    def norm_step(self) -> float:
-        """The step of the weighted nuclear norm."""
-        begun = time.perf_counter()
-        value = self.training.norm_step(self.networks, self.blocks, self.optimizer)
-        self.seconds += time.perf_counter() - begun
-        return value
-
-
-def epoch(source: Path, folder: Path) -> list[dict[str, Any]]:
-    """Time of an epoch of the joint training, as computed here and as published, step by step in turns."""
-    anatomy, raw = folder / "object.npz", folder / "raw.h5"
-    np.savez(anatomy, **phantom(source))
-    simulate(**{**VFA, **AVERAGE}, phantom=anatomy, snr=30.0, seed=1, acceleration=12.0, output=raw)
-    problem = load(raw)
-    solver = LoREIN()
-    estimate = solver.linear_estimate(problem, quiet)
-    linear = CartesianSolver.maps(solver, estimate, estimate.coefficients, problem, quiet)
-    start = start_from(estimate, linear, problem)
-    forms = {name: Form(problem, estimate, start, name) for name in FORMS}
-    losses: dict[str, dict[str, float]] = {}
-    positions = len(next(iter(forms.values())).blocks)
-    for block in torch.randperm(positions, generator=torch.Generator().manual_seed(0)).tolist():
-        for name, form in forms.items():
-            terms = form.step(block)
-            if form.blocks[block].maps.voxels:
-                losses.setdefault(name, terms)
-    steps = {name: form.seconds for name, form in forms.items()}
-    for name, form in forms.items():
-        losses[name]["wnnm"] = form.norm_step()
-    slowest = list(forms.values())[-1].seconds
-    rows = []
-    for name, form in forms.items():
-        parts = ", ".join(f"{key} {value:.4f}" for key, value in losses[name].items())
-        say(
-            f"{name:30s} {form.seconds:6.1f} s an epoch, {steps[name]:.1f} without the nuclear norm; "
-            f"ratio {slowest / form.seconds:.1f}, {steps[list(forms)[-1]] / steps[name]:.1f} without; "
-            f"first losses {parts}"
-        )
-        rows.append({"form": name, "seconds": form.seconds, "steps": steps[name], "losses": losses[name]})
-    return rows
-
-
 def scans_of(words: Iterable[str]) -> dict[str, list[float]]:
     """``vfa_gre:12,27`` -> {"vfa_gre": [12.0, 27.0]}."""
     found = {}
@@ -201,13 +117,14 @@ def scans_of(words: Iterable[str]) -> dict[str, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("accuracy", "epoch"))
+    parser.add_argument("what", choices=("accuracy", "epoch", "equal"))
     parser.add_argument("sources", type=Path, nargs="+", help="delics_volXX.npz, or mni")
     parser.add_argument("--scans", nargs="+", default=["vfa_gre:12,27,48", "t2ir_gre:80,160,320"])
     parser.add_argument("--pipelines", default="subspace,llr,model_based,lorein,summit")
     parser.add_argument("--set", action="append", default=[], help="GADGET.PROPERTY=VALUE for all of them")
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--threads", type=int, default=1, help="of epoch")
+    parser.add_argument("--threads", type=int, default=1, help="of epoch and equal")
+    parser.add_argument("--epochs", type=int, default=40, help="of equal")
     parser.add_argument("--folder", type=Path, help="for the raw files; a temporary folder where absent")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -224,7 +141,12 @@ def main() -> None:
             )
         else:
             torch.set_num_threads(arguments.threads)
-            rows = epoch(arguments.sources[0], folder)
+            anatomy = folder / "object.npz"
+            np.savez(anatomy, **phantom(arguments.sources[0]))
+            if arguments.what == "epoch":
+                rows = epoch(anatomy, folder / "raw.h5")
+            else:
+                rows = equal(anatomy, folder / "raw.h5", arguments.epochs)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
 
