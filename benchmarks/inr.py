@@ -2,14 +2,14 @@
 
     python benchmarks/inr.py accuracy delics_vol00.npz [mni] [--scans vfa_gre:12,27] [--seeds 1,2,3]
     python benchmarks/inr.py epoch delics_vol00.npz
-    python benchmarks/inr.py equal delics_vol00.npz [--epochs 40]
+    python benchmarks/inr.py equal delics_vol00.npz [--epochs 60] [--seeds 1,2]
 
 accuracy: scans of real in-vivo maps (Deli-CS volumes, benchmarks/invivo.py) and of the MNI brain, SNR 30, the
 object twice finer than the scan and averaged over each scan voxel. Every pipeline runs as it ships, in a
 process of its own: seconds and peak memory are those of ``quantitron replay``, from raw file to maps.
 
 epoch, equal: LoREIN's joint training as this package computes it and as the publications do (joint_forms.py):
-time of an epoch of the vfa_gre scan R 12, and errors after a training on a quarter of it.
+time of an epoch of the vfa_gre scan R 12, and errors after a training on a coarser scan.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from invivo import phantom
-from joint_forms import epoch, equal
+from joint_forms import FORMS, epoch, equal
 from measured_replay import measured_replay
 from subspace import AVERAGE, T2IR, VFA
 
@@ -124,7 +124,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="GADGET.PROPERTY=VALUE for all of them")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--threads", type=int, default=1, help="of epoch and equal")
-    parser.add_argument("--epochs", type=int, default=40, help="of equal")
+    parser.add_argument("--epochs", type=int, default=60, help="of equal")
+    parser.add_argument("--forms", default=",".join(FORMS), help="of equal")
     parser.add_argument("--folder", type=Path, help="for the raw files; a temporary folder where absent")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -146,7 +147,8 @@ def main() -> None:
             if arguments.what == "epoch":
                 rows = epoch(anatomy, folder / "raw.h5")
             else:
-                rows = equal(anatomy, folder / "raw.h5", arguments.epochs)
+                seeds = [int(seed) for seed in arguments.seeds.split(",")]
+                rows = equal(anatomy, folder / "raw.h5", arguments.epochs, arguments.forms.split(","), seeds)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
 
