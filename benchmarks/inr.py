@@ -2,13 +2,14 @@
 
     python benchmarks/inr.py accuracy delics_vol00.npz [mni] [--scans vfa_gre:12,27] [--seeds 1,2,3]
     python benchmarks/inr.py epoch delics_vol00.npz
+    python benchmarks/inr.py equal delics_vol00.npz [--epochs 60] [--seeds 1,2]
 
 accuracy: scans of real in-vivo maps (Deli-CS volumes, benchmarks/invivo.py) and of the MNI brain, SNR 30, the
 object twice finer than the scan and averaged over each scan voxel. Every pipeline runs as it ships, in a
 process of its own: seconds and peak memory are those of ``quantitron replay``, from raw file to maps.
 
-epoch: one epoch of LoREIN's published joint training on vfa_gre R 12, as this package computes it and as the
-publications do (benchmarks/published_epoch.py): time of some steps of each, and the losses, which agree.
+epoch, equal: LoREIN's joint training as this package computes it and as the publications do (joint_forms.py):
+time of an epoch of the vfa_gre scan R 12, and errors after a training on a coarser scan.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 from invivo import phantom
+from joint_forms import FORMS, epoch, equal
 from measured_replay import measured_replay
-from published_epoch import PlainFrames, gathering
-from scan_problem import load
 from subspace import AVERAGE, T2IR, VFA
 
 from quantitron.host.compare import compare
 from quantitron.phantoms.simulate import simulate
-from quantitron.recon.solvers import LoREIN
-from quantitron.recon.solvers.cartesian import CartesianSolver
-from quantitron.recon.solvers.lorein_joint import JointNetworks, JointSettings, JointTraining
-from quantitron.recon.solvers.map_estimate import start_from
 
 SCANS = {"vfa_gre": VFA, "t2ir_gre": T2IR}
 ROLES = ("T1", "T2", "T2STAR")
@@ -111,51 +106,6 @@ def accuracy(
     return rows
 
 
-def epoch(source: Path, folder: Path, steps: int) -> list[dict[str, Any]]:
-    """Time of an epoch of the joint training, as computed here and as published."""
-    anatomy, raw = folder / "object.npz", folder / "raw.h5"
-    np.savez(anatomy, **phantom(source))
-    simulate(**{**VFA, **AVERAGE}, phantom=anatomy, snr=30.0, seed=1, acceleration=12.0, output=raw)
-    problem = load(raw)
-    solver = LoREIN()
-    estimate = solver.linear_estimate(problem, quiet)
-    linear = CartesianSolver.maps(solver, estimate, estimate.coefficients, problem, quiet)
-    start = start_from(estimate, linear, problem)
-    rows = []
-    for name, frames in (("reduced, sparse matrix", False), ("frames, gather and scatter", True)):
-        settings = JointSettings(held_out=0.0, frames=frames, log2_rows=15)
-        training = JointTraining(problem, estimate, start, settings)
-        if frames:
-            assert problem.kspace is not None
-            training._frames = PlainFrames(problem.kspace)  # type: ignore[assignment]
-            with gathering():
-                networks = JointNetworks(estimate, start, settings, 0)
-        else:
-            networks = JointNetworks(estimate, start, settings, 0)
-        optimizer = torch.optim.Adam(networks.parameters(), lr=1e-3, eps=1e-15, fused=True)
-        positions = networks.shape[0]
-        firsts = [
-            settings.batch * round(step * (positions / settings.batch - 1) / steps)
-            for step in range(1, steps + 1)
-        ]
-        blocks = [networks.block(slice(first, first + settings.batch)) for first in firsts]
-        losses = {}
-        begun = time.perf_counter()
-        for block in blocks:
-            terms = training.terms(networks, block)
-            if not losses:
-                losses = {key: float(value.detach()) for key, value in terms.items()}
-            optimizer.zero_grad(set_to_none=True)
-            torch.stack(list(terms.values())).sum().backward()
-            optimizer.step()
-        seconds = (time.perf_counter() - begun) / steps * positions / settings.batch
-        rows.append({"form": name, "seconds": seconds, "losses": losses})
-        parts = ", ".join(f"{key} {value:.4f}" for key, value in losses.items())
-        say(f"{name:28s} {seconds:8.1f} s an epoch ({steps} steps measured); first losses {parts}")
-    say(f"ratio {rows[1]['seconds'] / rows[0]['seconds']:.1f}")
-    return rows
-
-
 def scans_of(words: Iterable[str]) -> dict[str, list[float]]:
     """``vfa_gre:12,27`` -> {"vfa_gre": [12.0, 27.0]}."""
     found = {}
@@ -167,13 +117,15 @@ def scans_of(words: Iterable[str]) -> dict[str, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("accuracy", "epoch"))
+    parser.add_argument("what", choices=("accuracy", "epoch", "equal"))
     parser.add_argument("sources", type=Path, nargs="+", help="delics_volXX.npz, or mni")
     parser.add_argument("--scans", nargs="+", default=["vfa_gre:12,27,48", "t2ir_gre:80,160,320"])
     parser.add_argument("--pipelines", default="subspace,llr,model_based,lorein,summit")
     parser.add_argument("--set", action="append", default=[], help="GADGET.PROPERTY=VALUE for all of them")
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--steps", type=int, default=4, help="of an epoch, to measure")
+    parser.add_argument("--threads", type=int, default=1, help="of epoch and equal")
+    parser.add_argument("--epochs", type=int, default=60, help="of equal")
+    parser.add_argument("--forms", default=",".join(FORMS), help="of equal")
     parser.add_argument("--folder", type=Path, help="for the raw files; a temporary folder where absent")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -189,7 +141,14 @@ def main() -> None:
                 arguments.set,
             )
         else:
-            rows = epoch(arguments.sources[0], folder, arguments.steps)
+            torch.set_num_threads(arguments.threads)
+            anatomy = folder / "object.npz"
+            np.savez(anatomy, **phantom(arguments.sources[0]))
+            if arguments.what == "epoch":
+                rows = epoch(anatomy, folder / "raw.h5")
+            else:
+                seeds = [int(seed) for seed in arguments.seeds.split(",")]
+                rows = equal(anatomy, folder / "raw.h5", arguments.epochs, arguments.forms.split(","), seeds)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
 

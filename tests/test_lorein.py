@@ -24,7 +24,8 @@ from quantitron.recon.operators.reduced_sense import ReducedSense
 from quantitron.recon.signal.map_model import normal_blocks
 from quantitron.recon.solvers import LoREIN, ModelBased, Subspace
 from quantitron.recon.solvers.cartesian import LinearEstimate
-from quantitron.recon.solvers.lorein_joint import JointNetworks, JointSettings, JointTraining
+from quantitron.recon.solvers.joint_networks import JointNetworks, JointSettings
+from quantitron.recon.solvers.lorein_joint import JointTraining
 from quantitron.recon.solvers.map_estimate import MapEstimate, start_from
 from quantitron.recon.solvers.map_networks import MapNetworks, marginal_precision
 from quantitron.recon.solvers.map_objective import Attraction, MapObjective
@@ -454,10 +455,13 @@ def test_epochs_lower_the_losses(sequence, start_epochs):
     assert bool(((theta >= low) & (theta <= high)).all())
 
 
-@pytest.mark.parametrize("batch", [4, 5, 14])
-def test_losses_are_those_of_the_whole_scan_however_it_is_cut(batch):
+@pytest.mark.parametrize("everywhere", [True, False])
+@pytest.mark.parametrize("batch", [1, 4, 5, 14])
+def test_losses_are_those_of_the_whole_scan_however_it_is_cut(batch, everywhere):
     """Rates of nothing: every block sees the networks as they were drawn."""
-    training = _training(learning_rate=1e-30, epochs=2, held_out=0.0, wnnm=0.0, batch=batch)
+    training = _training(
+        learning_rate=1e-30, epochs=2, held_out=0.0, wnnm=0.0, batch=batch, everywhere=everywhere
+    )
     _, record = training.run(_quiet)
     networks = _fresh(training)
     with torch.no_grad():
@@ -469,12 +473,15 @@ def test_losses_are_those_of_the_whole_scan_however_it_is_cut(batch):
         assert record.losses[1][name] == pytest.approx(expected, rel=1e-3), name
 
 
+@pytest.mark.parametrize("everywhere", [True, False])
 @pytest.mark.parametrize("sequence", SCANS)
-def test_data_terms_by_frames_and_reduced_agree(sequence):
+def test_data_terms_by_frames_and_reduced_agree(sequence, everywhere):
     """Up to the energy of the maps' signals outside the basis."""
     losses = []
     for frames in (False, True):
-        training = _training(sequence, frames=frames, epochs=2, wnnm=0.0, start_epochs=3)
+        training = _training(
+            sequence, frames=frames, epochs=2, wnnm=0.0, start_epochs=3, everywhere=everywhere
+        )
         networks, record = training.run(_quiet)
         losses.append(record.losses)
     lost = training.start.model.out_of_subspace(training.unknowns(networks).theta)
@@ -484,14 +491,18 @@ def test_data_terms_by_frames_and_reduced_agree(sequence):
             assert framed[name] == pytest.approx(value, rel=1e-3 + 10 * lost), name
 
 
-def test_terms_are_those_of_their_definition():
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_terms_are_those_of_their_definition(everywhere):
     """DC1 and DC2 of the whole scan: half the residual in units of the noise, less the constant."""
-    training = _training("vfa_gre", held_out=0.0)
+    training = _training("vfa_gre", held_out=0.0, everywhere=everywhere)
     networks = _fresh(training)
     estimate, whole = training.estimate, networks.block(slice(None))
     with torch.no_grad():
         terms = training.terms(networks, whole)
-        u = networks.low_rank(whole.maps, whole.shape)
+        u = networks.coefficients(whole)
+        if not everywhere:
+            assert not u[~training.start.mask[:, None].expand_as(u)].any()
+            u = u + training.start.background
         csm = networks.csm(whole, estimate.operator.csm)
     torch.testing.assert_close(csm, estimate.operator.csm, rtol=0, atol=1e-3)  # the start: those given
     unit = estimate.operator.samples * estimate.noise
@@ -504,6 +515,54 @@ def test_terms_are_those_of_their_definition():
         parts = [training.terms(networks, block) for block in blocks]
     for name, value in terms.items():
         assert sum(float(part[name]) for part in parts) / 2 == pytest.approx(float(value), rel=1e-4), name
+
+
+def test_networks_at_the_object_are_those_at_all_voxels_where_everything_is_object():
+    problem, estimate, _, start = _started()
+    x, z, y = start.mask.shape
+    generator = torch.Generator().manual_seed(3)
+    theta = start.theta[torch.randint(len(start.theta), (x * z * y,), generator=generator)]
+    full = replace(
+        start,
+        theta=theta,
+        mask=torch.ones_like(start.mask),
+        background=torch.zeros_like(start.background),
+    )
+    losses = []
+    for everywhere in (True, False):
+        settings = JointSettings(
+            levels=6, log2_rows=10, channels=8, epochs=3, low_rank_epochs=1, everywhere=everywhere
+        )
+        losses.append(JointTraining(problem, estimate, full, settings).run(_quiet)[1].losses)
+    for one, other in zip(*losses, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_voxels_outside_the_object_keep_what_is_known_of_them():
+    """No step where there are none, the given coil maps, and maps of the object alone."""
+    training = _training(everywhere=False, batch=1, held_out=0.0)
+    networks, mask = _fresh(training), training.start.mask
+    with torch.no_grad():
+        for parameter in networks.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    blocks = [networks.block(slice(first, first + 1)) for first in range(len(mask))]
+    assert [len(networks.theta(block)) for block in blocks] == mask.sum((1, 2)).tolist()
+    assert len(training.unknowns(networks).theta) == int(mask.sum())
+    given = training.estimate.operator.csm
+    csm = torch.cat([networks.csm(block, given[block.part]) for block in blocks]).detach()
+    outside = ~mask[:, None].expand_as(csm)
+    assert torch.equal(csm[outside], given[outside])
+    assert not torch.allclose(csm[~outside], given[~outside], rtol=0.01)
+
+    (empty, *_) = (number for number, inside in enumerate(mask) if not inside.any())
+    before = [parameter.detach().clone() for parameter in networks.parameters()]
+    optimizer = torch.optim.Adam(networks.parameters(), lr=1e-2)
+    found = training.step(networks, blocks[empty], optimizer)
+    with torch.no_grad():
+        terms = training.terms(networks, blocks[empty])
+    assert found == pytest.approx({name: float(value) for name, value in terms.items()}, rel=1e-5)
+    for parameter, value in zip(networks.parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
 
 
 def test_lines_held_out_are_not_trained_on():
@@ -519,7 +578,7 @@ def test_lines_held_out_are_not_trained_on():
     records.append(training.run(_quiet)[1])
     assert records[0].losses == records[1].losses
     assert records[1].held_out[0][1] > 2 * records[0].held_out[0][1]
-    assert training._operator.samples + training._left_out.samples == lines.acquired_samples
+    assert training._operator.samples + training._left_out.operator.samples == lines.acquired_samples
     assert _training(held_out=0.2, lines=False).run(_quiet)[1].held_out == ()
 
 

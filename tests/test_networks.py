@@ -43,8 +43,10 @@ def layer_by_layer(mlp, inputs):
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("hidden", [0, 3])
-def test_chunks_are_the_definition(biases, shared, hidden, monkeypatch):
+@pytest.mark.parametrize("kept", [12, 13])
+def test_chunks_are_the_definition(biases, shared, hidden, kept, monkeypatch):
     monkeypatch.setattr(mlp_module, "_CHUNK", 5)
+    monkeypatch.setattr(mlp_module, "_KEPT", kept)  # 13 points: hidden layers worked out anew, or kept
     mlp = perceptron(biases=biases, hidden=hidden)
     for bias in mlp.biases:
         bias.data.normal_(generator=seeded(1))

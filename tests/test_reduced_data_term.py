@@ -12,7 +12,7 @@ from scan_of_ellipses import PROTOCOLS
 from quantitron.recon.data import Basis, KSpace, Protocol
 from quantitron.recon.gram import reduce_kspace
 from quantitron.recon.operators.frame_data_term import FrameDataTerm
-from quantitron.recon.operators.reduced_data_term import reduced_data_term
+from quantitron.recon.operators.reduced_data_term import ReducedDataTerm
 from quantitron.recon.operators.reduced_sense import ReducedSense
 from quantitron.recon.operators.subspace import off_resonance_phase
 from quantitron.recon.signal.map_model import MapModel
@@ -64,11 +64,11 @@ def _operator(grid=(4, 6), basis=None, lines=None):
 @pytest.mark.parametrize("complex_basis", [False, True])
 def test_value_is_half_the_residual_less_its_constant(grid, complex_basis):
     operator, u, _ = _operator(grid, _basis(complex_basis))
-    value = reduced_data_term(operator, WHOLE, u, operator.csm)
+    value = ReducedDataTerm(operator)(WHOLE, u, operator.csm)
     assert float(value) == pytest.approx(
         0.5 * (operator.residual_energy(u) - operator.energy), rel=1e-12, abs=1e-9
     )
-    assert float(reduced_data_term(operator, WHOLE, 0 * u, operator.csm)) == 0
+    assert float(ReducedDataTerm(operator)(WHOLE, 0 * u, operator.csm)) == 0
     assert operator.energy == _lines(grid).energy
 
 
@@ -84,8 +84,8 @@ def test_coil_maps_are_the_given_ones():
     )
     torch.testing.assert_close(other.csm, csm)
     expected = 0.5 * (other.residual_energy(u) - other.energy)
-    assert float(reduced_data_term(operator, WHOLE, u, csm)) == pytest.approx(expected, rel=1e-12)
-    _, by_coefficients, _ = operator.value_and_gradients(WHOLE, u, csm)
+    assert float(ReducedDataTerm(operator)(WHOLE, u, csm)) == pytest.approx(expected, rel=1e-12)
+    _, by_coefficients, _ = ReducedDataTerm(operator).value_and_gradients(WHOLE, u, csm)
     torch.testing.assert_close(by_coefficients, other(u) - other.adjoint_data())
 
 
@@ -95,7 +95,7 @@ def test_gradients_are_those_of_differences(grid, complex_basis):
     operator, u, csm = _operator(grid, _basis(complex_basis))
     part = slice(1, 3)
     unknown = [images[part].clone().requires_grad_() for images in (u, csm)]
-    gradients = torch.autograd.grad(3.0 * reduced_data_term(operator, part, *unknown), unknown)
+    gradients = torch.autograd.grad(3.0 * ReducedDataTerm(operator)(part, *unknown), unknown)
     for number, gradient in enumerate(gradients):
         direction = _random(*gradient.shape, seed=9 + number)
         steps = [torch.zeros_like(images) for images in unknown]
@@ -103,8 +103,8 @@ def test_gradients_are_those_of_differences(grid, complex_basis):
         with torch.no_grad():
             ahead, behind = (
                 float(
-                    reduced_data_term(
-                        operator, part, unknown[0] + sign * steps[0], unknown[1] + sign * steps[1]
+                    ReducedDataTerm(operator)(
+                        part, unknown[0] + sign * steps[0], unknown[1] + sign * steps[1]
                     )
                 )
                 for sign in (1, -1)
@@ -115,12 +115,39 @@ def test_gradients_are_those_of_differences(grid, complex_basis):
 
 def test_batches_of_readout_positions_add_up():
     operator, u, csm = _operator()
-    value, by_coefficients, by_csm = operator.value_and_gradients(WHOLE, u, csm)
+    value, by_coefficients, by_csm = ReducedDataTerm(operator).value_and_gradients(WHOLE, u, csm)
     parts = [slice(0, 1), slice(1, 3), slice(3, 4)]
-    found = [operator.value_and_gradients(part, u[part], csm[part]) for part in parts]
+    found = [ReducedDataTerm(operator).value_and_gradients(part, u[part], csm[part]) for part in parts]
     assert sum(part[0] for part in found) == pytest.approx(value, rel=1e-12)
     torch.testing.assert_close(torch.cat([part[1] for part in found]), by_coefficients)
     torch.testing.assert_close(torch.cat([part[2] for part in found]), by_csm)
+
+
+@pytest.mark.parametrize("complex_basis", [False, True])
+def test_coils_worked_on_together_change_nothing(complex_basis):
+    operator, u, csm = _operator(basis=_basis(complex_basis))
+    part = slice(1, 3)
+    one_by_one, all_at_once = (
+        ReducedDataTerm(operator, working_set).value_and_gradients(part, u[part], csm[part])
+        for working_set in (1, 1_000_000_000)
+    )
+    assert one_by_one[0] == pytest.approx(all_at_once[0], rel=1e-12)
+    for one, other in zip(one_by_one[1:], all_at_once[1:], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradients_that_nobody_wants_are_left_out():
+    operator, u, csm = _operator()
+    term = ReducedDataTerm(operator)
+    value, by_coefficients, by_csm = term.value_and_gradients(WHOLE, u, csm)
+    for wanted in ((False, False), (True, False), (False, True)):
+        found = term.value_and_gradients(WHOLE, u, csm, wanted)
+        assert found[0] == pytest.approx(value, rel=1e-12)
+        for gradient, expected, asked in zip(found[1:], (by_coefficients, by_csm), wanted, strict=True):
+            if asked:
+                torch.testing.assert_close(gradient, expected)
+            else:
+                assert gradient is None
 
 
 def test_single_precision_is_as_good_as_its_rounding():
@@ -136,8 +163,8 @@ def test_single_precision_is_as_good_as_its_rounding():
         30 * _random(NX, 4, 6, seed=6).real.float(),
         ECHO_TIME.float(),
     )
-    expected = float(reduced_data_term(operator, WHOLE, u, csm))
-    found = reduced_data_term(single, WHOLE, u.to(torch.complex64), csm.to(torch.complex64))
+    expected = float(ReducedDataTerm(operator)(WHOLE, u, csm))
+    found = ReducedDataTerm(single)(WHOLE, u.to(torch.complex64), csm.to(torch.complex64))
     assert found.dtype == torch.float32
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
@@ -152,8 +179,8 @@ def test_two_halves_of_the_lines_add_up_to_all():
         operator.with_sums(reduce_kspace(part, basis))
         for part in split_lines(kspace, 0.5, torch.Generator().manual_seed(0))
     ]
-    value, by_coefficients, by_csm = operator.value_and_gradients(WHOLE, u, csm)
-    found = [half.value_and_gradients(WHOLE, u, csm) for half in halves]
+    value, by_coefficients, by_csm = ReducedDataTerm(operator).value_and_gradients(WHOLE, u, csm)
+    found = [ReducedDataTerm(half).value_and_gradients(WHOLE, u, csm) for half in halves]
     assert sum(part[0] for part in found) == pytest.approx(value, rel=1e-12)
     torch.testing.assert_close(found[0][1] + found[1][1], by_coefficients)
     torch.testing.assert_close(found[0][2] + found[1][2], by_csm)
@@ -224,7 +251,7 @@ def test_frames_of_maps_agree_with_the_reduced_form(sequence, phase_sign):
     frames = (frames * phase[:, None]).flatten(1, 2)
     by_frames = FrameDataTerm(kspace).l2(frames, csm, torch.arange(NX))
     u = model.coefficients(theta).reshape(NX, *grid, -1).permute(0, 3, 1, 2)
-    reduced = reduced_data_term(operator, WHOLE, u, csm)
+    reduced = ReducedDataTerm(operator)(WHOLE, u, csm)
     assert float(by_frames.detach()) == pytest.approx(
         2 * float(reduced.detach()) + operator.energy, rel=1e-12
     )

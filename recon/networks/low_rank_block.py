@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from quantitron.recon.networks.encoding import Samples
 from quantitron.recon.networks.fields import ComplexField
+from quantitron.recon.networks.voxel_images import images_of, values_of
 
 
 class SharedFeatureAttention(nn.Module):
@@ -63,16 +64,19 @@ class SharedFeatureNetwork(nn.Module):
                 else:
                     parameter.zero_()
         nn.init.zeros_(self.last.weight)
+        # Channels last in memory: a fifth less time on a CPU.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
         """(x, k, z, y) complex, of unit size -> the same."""
         z, y = images.shape[2:]
         channels = torch.cat([images.real, images.imag], 1)  # (x, 2k, z, y)
         channels = functional.pad(channels, (0, y % 2, 0, z % 2))  # halves need even sizes
+        channels = channels.contiguous(memory_format=torch.channels_last)
         first = functional.relu(self.first(channels))
         coarse = self.attention(functional.relu(self.down(first)))
         joined = torch.cat([first, functional.relu(self.up(coarse))], 1)
-        real, imaginary = self.last(joined)[..., :z, :y].chunk(2, 1)
+        real, imaginary = self.last(joined)[..., :z, :y].contiguous().chunk(2, 1)
         return images + torch.complex(real, imaginary)
 
 
@@ -93,9 +97,18 @@ class LowRankBlock(nn.Module):
         self.field, self.refinement = field, refinement
         self.register_buffer("scale", scale[:, None, None])
 
-    def forward(self, samples: Samples, shape: tuple[int, int, int]) -> Tensor:
-        """U (x, k, z, y) at the points of a block (x, z, y)."""
-        x, z, y = shape
-        coarse = self.field(samples).reshape(-1, x, z, y).transpose(0, 1)
-        refined: Tensor = coarse if self.refinement is None else self.refinement(coarse)
+    def forward(self, samples: Samples, shape: tuple[int, int, int], places: Tensor | None = None) -> Tensor:
+        """U (x, k, z, y) at the points of a block (x, z, y).
+
+        Args:
+            samples: the points.
+            shape: of the block.
+            places: (v,) the points' numbers in the flat block, where they are not all of it: U is zero at the
+                others, and what the convolutional network sees there too.
+        """
+        refined = images_of(self.field(samples), shape, places)
+        if self.refinement is not None:
+            refined = self.refinement(refined)
+            if places is not None:
+                refined = images_of(values_of(refined, places), shape, places)
         return self.scale * refined

@@ -1,9 +1,10 @@
 """Stacked multilayer perceptrons: N networks of one shape, evaluated in one call.
 
 As in tiny-cuda-nn: rectified linear hidden layers, a linear output layer, no biases unless asked for, and
-weights Xavier-uniform. On the CPU the points pass through all layers in chunks that stay in the cache, and
-the backward pass works the hidden layers out anew instead of storing them: a quarter of the time of the form
-layer by layer at 200 000 points, and no memory beyond the result.
+weights Xavier-uniform. On the CPU the points pass through all layers in chunks that stay in the cache. For
+many points the backward pass works the hidden layers out anew instead of storing them: a quarter of the time
+of the form layer by layer at 200 000 points, and no memory beyond the result. For the few points of a batch
+they are kept, which saves a seventh of the time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch.autograd.function import once_differentiable
 
 _CHUNK = 4096
 """Points that pass through all layers together on the CPU."""
+_KEPT = 16384
+"""Most points whose hidden layers are kept for the backward pass. Changes no result."""
 
 
 class StackedMLP(nn.Module):
@@ -113,9 +116,13 @@ class _InChunks(torch.autograd.Function):
         networks, _, outputs = weights[-1].shape
         voxels = inputs.shape[1]
         result = inputs.new_empty(networks, voxels, outputs)
+        ctx.kept = []
+        keep = voxels <= _KEPT and any(ctx.needs_input_grad)
         for network, source, first, last in _chunks(networks, len(inputs), voxels):
             states = _states(inputs[source, first:last], weights, biases, network)
             _affine(states[-1], weights, biases, layers - 1, network, out=result[network, first:last])
+            if keep:
+                ctx.kept.append(states)
         return result
 
     @staticmethod
@@ -126,8 +133,13 @@ class _InChunks(torch.autograd.Function):
         weights, biases = parameters[:layers], parameters[layers:]
         for_inputs = torch.zeros_like(inputs) if ctx.needs_input_grad[0] else None
         for_parameters = [torch.zeros_like(parameter) for parameter in parameters]
-        for network, source, first, last in _chunks(len(weights[-1]), len(inputs), inputs.shape[1]):
-            states = _states(inputs[source, first:last], weights, biases, network)
+        chunks = _chunks(len(weights[-1]), len(inputs), inputs.shape[1])
+        for number, (network, source, first, last) in enumerate(chunks):
+            states = (
+                ctx.kept[number]
+                if ctx.kept
+                else _states(inputs[source, first:last], weights, biases, network)
+            )
             slope = gradient[network, first:last]
             for layer in reversed(range(layers)):
                 for_parameters[layer][network].addmm_(states[layer].T, slope)

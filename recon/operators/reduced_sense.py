@@ -195,31 +195,39 @@ class ReducedSense(LinearOperator):
         image: Tensor = torch.fft.fftshift(result, dim=_AXES)
         return image
 
-    def value_and_gradients(
-        self, part: slice, coefficients: Tensor, csm: Tensor
-    ) -> tuple[float, Tensor, Tensor]:
-        """1/2 sum ||s - A U||^2 - 1/2 ||s||^2 of some readout positions, for coil maps that are unknown too.
+    def echo_images(self, part: slice, coefficients: Tensor) -> Tensor:
+        """Images of every echo in the contrast components, off-resonance included, of some readout positions.
 
         Args:
             part: the readout positions.
-            coefficients: U (x, k, z, y) of these.
-            csm: (x, c, z, y) coil maps of these, in the place of the operator's.
+            coefficients: U (x, k, z, y) of these, uncentred.
 
         Returns:
-            The value; its gradients by U and by the coil maps, of their shapes: along a change d the value
-            rises by Re <gradient, d>.
+            (x, r, e, z, y), uncentred: components within the span of the basis.
         """
-        coefficients, csm = (torch.fft.ifftshift(images, dim=_AXES) for images in (coefficients, csm))
-        images = self._echo_images(part, coefficients)[:, None]  # (x, 1, e, r, z, y)
-        sensitivity = csm[:, :, None, None]  # (x, c, 1, 1, z, y)
-        spectrum = torch.fft.fft2(images * sensitivity, norm="ortho")  # (x, c, e, r, z, y)
-        applied, data = self._apply_gram(spectrum), self._data_spectrum(part)
-        value = 0.5 * _real_inner(spectrum, applied) - _real_inner(spectrum, data)
-        slope = torch.fft.ifft2(applied - data, norm="ortho")
-        by_coefficients = self._coefficients(part, (slope * sensitivity.conj()).sum(1))
-        by_csm = (slope * images.conj()).sum((2, 3))
-        gradients = (torch.fft.fftshift(gradient, dim=_AXES) for gradient in (by_coefficients, by_csm))
-        return value, *gradients
+        return self._echo_images(part, coefficients).transpose(1, 2).contiguous()
+
+    def from_echo_images(self, part: slice, images: Tensor) -> Tensor:
+        """Adjoint of ``echo_images``: (x, r, e, z, y) -> (x, k, z, y), both uncentred."""
+        return self._coefficients(part, images.transpose(1, 2).contiguous())
+
+    def sampled_sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The sums G and b where there are samples, within the span of the basis.
+
+        Returns:
+            Sampled points (p,), their places in flat uncentred (e, z, y); G (r, r, p) there, real where the
+            contrast basis is; b (x, c, r, p) there.
+        """
+        count = torch.fft.ifftshift(self._reduced.count[0], dim=_AXES).to(self.device)  # (e, z, y)
+        points = count.flatten().nonzero()[:, 0]
+        gram = self._gram.permute(1, 2, 0, 3, 4).flatten(2)[:, :, points]
+        nx, coils, _, _ = self._csm.shape
+        data = self._csm.new_empty(nx, coils, len(gram), len(points))
+        for start in range(0, nx, self._batch):
+            part = slice(start, start + self._batch)
+            spectrum = self._data_spectrum(part)  # (x, c, e, r, z, y)
+            data[part] = spectrum.transpose(2, 3).flatten(3)[..., points]
+        return points, gram, data
 
     def _data_spectrum(self, part: slice) -> Tensor:
         """b of some readout positions within the span, uncentred: (x, c, e, r, z, y)."""
@@ -257,12 +265,6 @@ class ReducedSense(LinearOperator):
         quadratic = torch.vdot(image.flatten(), self.forward(coefficients).to(image).flatten()).real
         linear = torch.vdot(image.flatten(), adjoint_data.to(image).flatten()).real
         return float(quadratic - 2 * linear) + self._reduced.energy
-
-
-def _real_inner(left: Tensor, right: Tensor) -> float:
-    """Re <left, right>, summed in double precision."""
-    products = torch.view_as_real(left) * torch.view_as_real(right)
-    return float(products.sum(dtype=torch.float64))
 
 
 def _reachable(mixing: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ from quantitron.recon.priors.block_matching import check_planes, match_blocks
 from quantitron.recon.priors.weighted_nuclear_norm import shrink_stacks
 from quantitron.recon.signal.map_model import TIMES
 from quantitron.recon.solvers.cartesian import CartesianSolver, LinearEstimate
-from quantitron.recon.solvers.lorein_joint import PUBLISHED_BLOCKS, JointSettings, JointTraining
+from quantitron.recon.solvers.joint_networks import JointSettings
+from quantitron.recon.solvers.lorein_joint import PUBLISHED_BLOCKS, JointTraining
 from quantitron.recon.solvers.map_estimate import MapEstimate, start_from
 from quantitron.recon.solvers.map_networks import MapNetworks, marginal_precision
 from quantitron.recon.solvers.map_objective import Attraction
@@ -101,6 +102,9 @@ class LoREIN(ModelBased):
     """Epochs in which the LRR block is trained alone; fewer than ``epochs``."""
     batch: int = field(default=4, metadata={"minimum": 1})
     """Readout positions in a step."""
+    voxels: str = field(default="object", metadata={"choices": ("object", "all")})
+    """Where networks are evaluated: at the object's voxels, the others keeping the linear estimate's
+    coefficients, or, as published, at all."""
     start_epochs: int = field(default=20, metadata={"minimum": 0})
     """Epochs of fitting the networks to the linear estimate and its maps beforehand, without any Fourier
     transform; 0, as published: they begin with constants. Amplitudes may then vanish and stay so."""
@@ -194,6 +198,7 @@ class LoREIN(ModelBased):
             learning_rate=self.learning_rate,
             low_rank_epochs=self.low_rank_epochs,
             batch=self.batch,
+            everywhere=self.voxels == "all",
             start_epochs=self.start_epochs,
             convolution=self.convolution,
             estimate_coils=self.coils == "estimated",

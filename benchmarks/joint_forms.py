@@ -1,0 +1,174 @@
+"""LoREIN's joint training in the forms that it can be computed in: time of an epoch, and errors in the end.
+
+- ``object``: features by sparse matrices, reduced data terms, networks at the object's voxels alone;
+- ``everywhere``: the same with networks at all voxels, as published;
+- ``published``: features gathered and scattered, data terms frame by frame (published_epoch.py), all voxels.
+
+``everywhere`` and ``published`` minimise the same objective, up to what the maps' signals have outside the
+basis; ``object`` knows the voxels in which there is nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from published_epoch import PlainFrames, gathering
+from scan_problem import load
+from subspace import AVERAGE, VFA
+
+from quantitron.gadgets.image_file import TRUTH_GROUP, read_images
+from quantitron.gadgets.map_volume import map_volumes
+from quantitron.phantoms.simulate import simulate
+from quantitron.recon.data import Maps, Problem
+from quantitron.recon.metrics import CAPS, nrmse
+from quantitron.recon.solvers import LoREIN
+from quantitron.recon.solvers.cartesian import CartesianSolver, LinearEstimate
+from quantitron.recon.solvers.joint_networks import JointNetworks, JointSettings
+from quantitron.recon.solvers.lorein_joint import JointTraining
+from quantitron.recon.solvers.map_estimate import MapEstimate, start_from
+from quantitron.recon.solvers.training import ParameterGroup, Schedule, adam
+
+FORMS = ("object", "everywhere", "published")
+SETTINGS = {"held_out": 0.0, "log2_rows": 15, "wnnm": 0.1}
+"""Of all forms: no early stop, and the sizes that ``lorein`` ships with."""
+COARSE = {"matrix": (56, 56, 8), "fov": (224.0, 224.0, 32.0)}
+"""The whole head in an eighth of the voxels, on which trainings to the end are a matter of minutes."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A scan, and the linear estimate that the training starts from."""
+
+    problem: Problem
+    estimate: LinearEstimate
+    linear: Maps
+    start: MapEstimate
+
+    @classmethod
+    def simulated(cls, anatomy: Path, raw: Path, **settings: Any) -> Scan:
+        """``vfa_gre`` at R 12 and SNR 30."""
+        scan = {**VFA, **AVERAGE, **settings}
+        simulate(**scan, phantom=anatomy, snr=30.0, seed=1, acceleration=12.0, output=raw)
+        problem, solver = load(raw), LoREIN()
+        estimate = solver.linear_estimate(problem, _quiet)
+        linear = CartesianSolver.maps(solver, estimate, estimate.coefficients, problem, _quiet)
+        return cls(problem, estimate, linear, start_from(estimate, linear, problem))
+
+    def training(self, form: str, **settings: Any) -> JointTraining:
+        """The objective, computed in one of the forms."""
+        frames = form == "published"
+        chosen = JointSettings(**SETTINGS, frames=frames, everywhere=form != "object", **settings)
+        training = JointTraining(self.problem, self.estimate, self.start, chosen)
+        if frames:
+            assert self.problem.kspace is not None
+            training._frames = PlainFrames(self.problem.kspace)  # type: ignore[assignment]
+        return training
+
+
+def encoding(form: str) -> AbstractContextManager[None]:
+    """Networks made in here encode coordinates as the form does."""
+    return gathering() if form == "published" else nullcontext()
+
+
+class Epoch:
+    """Steps of an epoch in one form, timed."""
+
+    def __init__(self, scan: Scan, form: str) -> None:
+        self.training = scan.training(form)
+        with encoding(form):
+            self.networks = JointNetworks(scan.estimate, scan.start, self.training.settings, 0)
+        positions, batch = self.networks.shape[0], self.training.settings.batch
+        self.blocks = [self.networks.block(slice(x, x + batch)) for x in range(0, positions, batch)]
+        self.optimizer = adam([ParameterGroup(self.networks.parameters())], Schedule(1))
+        self.seconds = {"data": 0.0, "norm": 0.0}
+        self.losses: dict[str, float] = {}
+
+    def step(self, number: int) -> None:
+        """One step of the data terms and the term between the blocks."""
+        begun = time.perf_counter()
+        terms = self.training.step(self.networks, self.blocks[number], self.optimizer)
+        self.seconds["data"] += time.perf_counter() - begun
+        for name, value in terms.items():
+            self.losses[name] = self.losses.get(name, 0.0) + value / len(self.blocks)
+
+    def norm_step(self) -> None:
+        """The step of the weighted nuclear norm, which comes once an epoch."""
+        begun = time.perf_counter()
+        self.losses["wnnm"] = self.training.norm_step(self.networks, self.blocks, self.optimizer)
+        self.seconds["norm"] += time.perf_counter() - begun
+
+
+def epoch(anatomy: Path, raw: Path) -> list[dict[str, Any]]:
+    """Time of a whole epoch in all forms.
+
+    Their steps alternate: other work on the machine slows all of them alike. Losses are means over the steps.
+    """
+    scan = Scan.simulated(anatomy, raw)
+    forms = {form: Epoch(scan, form) for form in FORMS}
+    positions = len(forms["published"].blocks)
+    for number in torch.randperm(positions, generator=torch.Generator().manual_seed(0)).tolist():
+        for form in forms.values():
+            form.step(number)
+    for form in forms.values():
+        form.norm_step()
+    slow, rows = forms["published"], []
+    for name, form in forms.items():
+        data, total = form.seconds["data"], sum(form.seconds.values())
+        ratio, alone = sum(slow.seconds.values()) / total, slow.seconds["data"] / data
+        losses = ", ".join(f"{key} {value:.4f}" for key, value in form.losses.items())
+        _say(
+            f"{name:10s} {total:6.1f} s an epoch ({ratio:4.1f} x), {data:5.1f} s without the nuclear "
+            f"norm's step ({alone:4.1f} x); mean losses {losses}"
+        )
+        rows.append({"form": name, "seconds": total, "without_norm": data, "losses": form.losses})
+    return rows
+
+
+def equal(
+    anatomy: Path, raw: Path, epochs: int, forms: Iterable[str] = FORMS, seeds: Iterable[int] = (1,)
+) -> list[dict[str, Any]]:
+    """Errors of the maps after a training in each form, on a scan of an eighth of the voxels."""
+    scan = Scan.simulated(anatomy, raw, **COARSE)
+    truth = map_volumes(read_images(raw, TRUTH_GROUP))
+    mask = truth["MASK"].values > 0
+    schedule = {"epochs": epochs, "halve_every": max(1, 2 * epochs // 5), "low_rank_epochs": epochs // 5}
+
+    def error(maps: Maps, name: str) -> float:
+        found = maps.values[name][0].numpy()  # (z, y, x) [s]
+        return nrmse(found, 1e-3 * truth[name.upper()].values, mask, CAPS[name])
+
+    rows: list[dict[str, Any]] = []
+
+    def report(form: str, maps: Maps, seconds: float, losses: str = "") -> None:
+        t1, t2star = error(maps, "t1"), error(maps, "t2star")
+        _say(f"{form:16s} T1 {100 * t1:5.2f} %, T2* {100 * t2star:5.2f} %, {seconds:6.0f} s {losses}")
+        rows.append({"form": form, "t1": t1, "t2star": t2star, "seconds": seconds})
+
+    report("linear estimate", scan.linear, 0.0)
+    for form, seed in product(forms, seeds):
+        drawn = replace(scan, problem=replace(scan.problem, seed=seed))
+        training = drawn.training(form, start_epochs=10, **schedule)
+        with encoding(form):
+            networks, record = training.run(_quiet)
+        found = training.unknowns(networks)
+        maps = LoREIN().delivered(scan.estimate, scan.linear, found, scan.problem)
+        losses = ", ".join(f"{name} {value:.3f}" for name, value in record.losses[-1].items())
+        report(f"{form} {seed}", maps, record.seconds, losses)
+    return rows
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _quiet(doing: str, share: float) -> None:
+    del doing, share
