@@ -6,6 +6,7 @@
 #   DEBIAN      base of the host                                 [debian:bookworm-slim]
 #   BASE        Gadgetron's runtime image                        [see Dockerfile]
 #   PIP_CONFIG  pip's configuration during the build, for sites with a proxy or an index of their own
+#   GITCONFIG   git's configuration during the build, for sites with a mirror of GitHub (url.BASE.insteadOf)
 #   OPTIONS     further options of the build, such as --volume or --build-arg
 #   RUN_OPTIONS further options of the smoke test's containers
 #
@@ -74,7 +75,8 @@ for target in $targets; do
     # shellcheck disable=SC2086
     $build --file docker/Dockerfile --target "$target" --tag "$tag" --build-arg "VARIANT=$variant" \
         ${debian:+--build-arg "DEBIAN=$debian"} ${base:+--build-arg "BASE=$base"} \
-        ${PIP_CONFIG:+--secret "id=pip,src=$PIP_CONFIG"} ${OPTIONS-} .
+        ${PIP_CONFIG:+--secret "id=pip,src=$PIP_CONFIG"} ${GITCONFIG:+--secret "id=git,src=$GITCONFIG"} \
+        ${OPTIONS-} .
     test "$target" = host || continue
     if test -n "$run"; then
         ENGINE=$run sh docker/smoke.sh "$tag"
