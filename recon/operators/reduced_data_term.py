@@ -6,8 +6,8 @@ of some readout positions, differentiable once by the coefficient images U and t
 gradients come from one sweep over coils; nothing of it is recorded, so that memory is that of a few coils.
 
 What a step of a training pays for is less the transforms than reading and writing arrays. So the sums G and b
-are kept at the sampled points of each echo alone, in the order in which they are used, and as few coils are
-worked on together as stay in the processor's cache.
+are kept at the sampled points of each echo alone (``sampled_gram.py``), and as few coils are worked on
+together as stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quantitron.recon.operators.reduced_sense import ReducedSense
+from quantitron.recon.operators.reduced_sense import ReducedSense, usual_working_set
 
 _AXES = (-2, -1)  # (z, y)
-_CACHED = 1_100_000
-"""Bytes that the coil images worked on together take on a CPU: what one core's cache holds."""
 
 
 class ReducedDataTerm:
@@ -37,12 +35,9 @@ class ReducedDataTerm:
                 device. Changes no result beyond rounding.
         """
         self.operator = operator
-        self._points, gram, self._data = operator.sampled_sums()  # (p,), (r, r, p), (x, c, r, p)
-        # A real G multiplies real and imaginary parts alike: each of its entries twice, side by side.
-        self._gram = gram if gram.is_complex() else gram.repeat_interleave(2, dim=-1)
-        if working_set is None:
-            working_set = _CACHED if operator.device.type == "cpu" else 500_000_000
-        self._working_set = working_set
+        self._gram = operator.gram_at_samples
+        self._data = operator.sampled_data()  # (x, c, r, p)
+        self._working_set = usual_working_set(operator.device) if working_set is None else working_set
 
     def __call__(self, part: slice, coefficients: Tensor, csm: Tensor) -> Tensor:
         """f of the readout positions in ``part``: a real scalar, differentiable once by both arrays.
@@ -86,14 +81,12 @@ class ReducedDataTerm:
             for first in range(0, csm.shape[1], coils):
                 chunk = slice(first, first + coils)
                 spectrum = torch.fft.fft2(image * csm[x, chunk, None, None])  # (c, r, e, z, y)
-                flat = spectrum.flatten(2)
-                sampled = flat[:, :, self._points]  # (c, r, p)
-                slope = self._slope(sampled, data[x, chunk])
+                sampled = self._gram.sampled(spectrum)  # (c, r, p)
+                slope = self._gram(sampled).sub_(data[x, chunk])
                 value += 0.5 * (_real_inner(sampled, slope) - _real_inner(sampled, data[x, chunk]))
                 if by_images is None and conjugate is None:
                     continue
-                flat.zero_().index_copy_(2, self._points, slope)
-                coil_images = torch.fft.ifft2(spectrum, norm="forward")
+                coil_images = torch.fft.ifft2(self._gram.spread(slope, spectrum), norm="forward")
                 if by_csm is not None and conjugate is not None:
                     torch.sum((coil_images * conjugate).flatten(1, 2), 1, out=by_csm[x, chunk])
                 if by_images is not None:
@@ -105,19 +98,6 @@ class ReducedDataTerm:
         if by_csm is not None:
             by_csm = torch.fft.fftshift(by_csm.mul_(scale), dim=_AXES)
         return float(value), by_coefficients, by_csm
-
-    def _slope(self, sampled: Tensor, data: Tensor) -> Tensor:
-        """G u - b at the sampled points, (c, r, p)."""
-        result = torch.empty_like(sampled)
-        values, known, out = sampled, data, result
-        if not self._gram.is_complex():
-            values, known, out = (torch.view_as_real(part).flatten(2) for part in (sampled, data, result))
-        for row in range(len(self._gram)):
-            total = torch.mul(values[:, 0], self._gram[row, 0], out=out[:, row])
-            for column in range(1, len(self._gram)):
-                total.addcmul_(values[:, column], self._gram[row, column])
-        out.sub_(known)
-        return result
 
 
 class _Value(torch.autograd.Function):

@@ -18,9 +18,18 @@ from torch import Tensor
 
 from quantitron.recon.data import ReducedKSpace
 from quantitron.recon.operators.linear_operator import LinearOperator
+from quantitron.recon.operators.sampled_gram import SampledGram
+from quantitron.recon.operators.shared_work import share_out
 from quantitron.recon.operators.subspace import off_resonance_phase
 
 _AXES = (-2, -1)  # (z, y)
+_POSITIONS_OF_DATA = 4
+"""Readout positions whose sums b, which lie scattered, are put in order together."""
+
+
+def usual_working_set(device: torch.device) -> int:
+    """Bytes that the coil images worked on together should take: what the cache of a core holds, or much."""
+    return 1_100_000 if device.type == "cpu" else 500_000_000
 
 
 class ReducedSense(LinearOperator):
@@ -37,7 +46,7 @@ class ReducedSense(LinearOperator):
         b0: Tensor | None = None,
         echo_time: Tensor | None = None,
         phase_sign: int = 1,
-        working_set: int = 16_000_000,
+        working_set: int | None = None,
     ) -> None:
         """Set up for one slice.
 
@@ -49,7 +58,8 @@ class ReducedSense(LinearOperator):
             b0: (x, z, y) [Hz], taken out of the basis; None for none.
             echo_time: (e,) [s], needed with ``b0``.
             phase_sign: +1 or -1.
-            working_set: bytes that one batch of readout positions may take.
+            working_set: bytes that the coil images worked on together may take, by default what suits the
+                device. Changes no result beyond rounding.
 
         Raises:
             ValueError: if the sums hold more than one slice, or b0 comes without echo times.
@@ -63,17 +73,18 @@ class ReducedSense(LinearOperator):
         # Only as many contrast components as the coefficients can reach are transformed and summed over.
         self._span = _reachable(mixing).to(csm.device)  # (l, r)
         self._mixing = self._within_span(mixing)  # (e, r, k)
-        self._gram = self._spanned_gram(reduced)
-        self._gram_is_real = not self._gram.is_complex()
-        self._reduced = reduced
+        self._take_sums(reduced)
         self._phase = None
         if b0 is not None and echo_time is not None:
             phase = off_resonance_phase(b0, echo_time, phase_sign).to(self._dtype)  # (x, e, z, y)
             self._phase = torch.fft.ifftshift(phase, dim=_AXES)
         nx, coils, nz, ny = csm.shape
         echoes, rank, _ = self._mixing.shape
-        position = coils * echoes * rank * nz * ny * csm.element_size()
-        self._batch = max(1, min(nx, working_set // (3 * position)))
+        if working_set is None:
+            working_set = usual_working_set(csm.device)
+        image = echoes * rank * nz * ny * csm.element_size()
+        self._coils = max(1, min(coils, working_set // image))
+        self._positions = max(1, min(nx, working_set // (coils * image)))
 
     def in_basis(self, mixing: Tensor) -> ReducedSense:
         """The same scan, coil maps and field in another basis (e, l, k) of coefficients.
@@ -97,16 +108,17 @@ class ReducedSense(LinearOperator):
                 f"{tuple(self._reduced.projected.shape)}"
             )
         other = copy(self)
-        other._reduced, other._gram = reduced, self._spanned_gram(reduced)
-        other._gram_is_real = not other._gram.is_complex()
+        other._take_sums(reduced)
         return other
 
-    def _spanned_gram(self, reduced: ReducedKSpace) -> Tensor:
-        """G within the span, uncentred: (e, r, r, z, y)."""
+    def _take_sums(self, reduced: ReducedKSpace) -> None:
+        """G within the span, uncentred, and its mean over k-space."""
+        self._reduced = reduced
         gram = torch.fft.ifftshift(reduced.gram[0], dim=(1, 2)).to(self._csm.device)  # (e, z, y, l, l)
         span = self._span.to(gram.dtype)
         spanned: Tensor = span.mH @ gram @ span  # (e, z, y, r, r)
-        return spanned.permute(0, 3, 4, 1, 2).contiguous()
+        self._mean_gram = spanned.mean((1, 2))  # (e, r, r)
+        self.gram_at_samples = SampledGram(spanned.permute(0, 3, 4, 1, 2))
 
     def _within_span(self, mixing: Tensor) -> Tensor:
         """(e, l, k) -> (e, r, k)."""
@@ -130,6 +142,11 @@ class ReducedSense(LinearOperator):
         return nx, self._mixing.shape[2], nz, ny
 
     @property
+    def _components(self) -> Tensor:
+        """(r*e, k): the mixing as a matrix."""
+        return self._mixing.transpose(0, 1).flatten(0, 1)
+
+    @property
     def samples(self) -> int:
         """Complex samples acquired, over coils and readout."""
         return self._reduced.samples
@@ -147,51 +164,32 @@ class ReducedSense(LinearOperator):
 
     def mean_diagonal(self) -> Tensor:
         """Mean over k-space of the diagonal of A^H A: (k,) real, for diagonal preconditioning."""
-        mean = self._gram.mean((-2, -1)).to(self._dtype)  # (e, l, l)
+        mean = self._mean_gram.to(self._dtype)
         diagonal: Tensor = torch.einsum("elk,elm,emk->k", self._mixing.conj(), mean, self._mixing).real
         return diagonal
-
-    def _echo_images(self, part: slice, coefficients: Tensor) -> Tensor:
-        """(x, k, z, y) -> (x, e, r, z, y), off-resonance included."""
-        echoes, rank, _ = self._mixing.shape
-        nx, _, nz, ny = coefficients.shape
-        images = self._mixing.flatten(0, 1) @ coefficients.flatten(2)  # (x, e*r, z*y)
-        images = images.reshape(nx, echoes, rank, nz, ny)
-        return images if self._phase is None else images * self._phase[part, :, None]
-
-    def _coefficients(self, part: slice, images: Tensor) -> Tensor:
-        """Adjoint of ``_echo_images``."""
-        if self._phase is not None:
-            images = images * self._phase[part, :, None].conj()
-        nx, _, _, nz, ny = images.shape
-        mixed = self._mixing.flatten(0, 1).mH @ images.reshape(nx, -1, nz * ny)  # (x, k, z*y)
-        return mixed.reshape(nx, -1, nz, ny)
-
-    def _apply_gram(self, spectrum: Tensor) -> Tensor:
-        """G at every k-space point: (x, c, e, r, z, y) -> the same."""
-        rank = spectrum.shape[3]
-        if self._gram_is_real:
-            pairs = torch.view_as_real(spectrum)  # (x, c, e, r, z, y, 2)
-            result = torch.empty_like(pairs)
-            for row in range(rank):
-                total = result[:, :, :, row]
-                torch.mul(self._gram[:, row, 0, ..., None], pairs[:, :, :, 0], out=total)
-                for column in range(1, rank):
-                    total.addcmul_(self._gram[:, row, column, ..., None], pairs[:, :, :, column])
-            return torch.view_as_complex(result)
-        return torch.einsum("elmzy,xcemzy->xcelzy", self._gram, spectrum)
 
     def forward(self, x: Tensor) -> Tensor:
         """A^H A U: (x, k, z, y) -> (x, k, z, y)."""
         rolled = torch.fft.ifftshift(x, dim=_AXES)
         result = torch.empty_like(rolled)
-        for start in range(0, rolled.shape[0], self._batch):
-            part = slice(start, start + self._batch)
-            images = self._echo_images(part, rolled[part])  # (x, e, r, z, y)
-            csm = self._csm[part, :, None, None]  # (x, c, 1, 1, z, y)
-            spectrum = torch.fft.fft2(images[:, None] * csm, norm="ortho")  # (x, c, e, r, z, y)
-            coil_images = torch.fft.ifft2(self._apply_gram(spectrum), norm="ortho")
-            result[part] = self._coefficients(part, (coil_images * csm.conj()).sum(1))
+        gram = self.gram_at_samples
+
+        def apply(start: int) -> None:
+            part = slice(start, start + self._positions)
+            images = self.echo_images(part, rolled[part])  # (x, r, e, z, y)
+            total = torch.zeros_like(images)
+            for first in range(0, self._csm.shape[1], self._coils):
+                csm = self._csm[part, first : first + self._coils, None, None]  # (x, c, 1, 1, z, y)
+                spectrum = torch.fft.fft2(images[:, None] * csm)  # (x, c, r, e, z, y)
+                sums = gram(gram.sampled(spectrum.flatten(0, 1)))  # (x*c, r, p)
+                gram.spread(sums, spectrum.flatten(0, 1))
+                # Both transforms are unitary together.
+                coil_images = torch.fft.ifft2(spectrum)
+                for coil_image, sensitivity in zip(coil_images.unbind(1), csm.unbind(1), strict=True):
+                    total.addcmul_(coil_image, sensitivity.conj())
+            result[part] = self.from_echo_images(part, total)
+
+        share_out(apply, range(0, rolled.shape[0], self._positions), self.device)
         image: Tensor = torch.fft.fftshift(result, dim=_AXES)
         return image
 
@@ -205,34 +203,34 @@ class ReducedSense(LinearOperator):
         Returns:
             (x, r, e, z, y), uncentred: components within the span of the basis.
         """
-        return self._echo_images(part, coefficients).transpose(1, 2).contiguous()
+        echoes, rank, _ = self._mixing.shape
+        nx, _, nz, ny = coefficients.shape
+        images = self._components @ coefficients.flatten(2)  # (x, r*e, z*y)
+        images = images.reshape(nx, rank, echoes, nz, ny)
+        return images if self._phase is None else images * self._phase[part, None]
 
     def from_echo_images(self, part: slice, images: Tensor) -> Tensor:
         """Adjoint of ``echo_images``: (x, r, e, z, y) -> (x, k, z, y), both uncentred."""
-        return self._coefficients(part, images.transpose(1, 2).contiguous())
+        if self._phase is not None:
+            images = images * self._phase[part, None].conj()
+        nx, _, _, nz, ny = images.shape
+        mixed = self._components.mH @ images.reshape(nx, -1, nz * ny)  # (x, k, z*y)
+        return mixed.reshape(nx, -1, nz, ny)
 
-    def sampled_sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The sums G and b where there are samples, within the span of the basis.
-
-        Returns:
-            Sampled points (p,), their places in flat uncentred (e, z, y); G (r, r, p) there, real where the
-            contrast basis is; b (x, c, r, p) there.
-        """
-        count = torch.fft.ifftshift(self._reduced.count[0], dim=_AXES).to(self.device)  # (e, z, y)
-        points = count.flatten().nonzero()[:, 0]
-        gram = self._gram.permute(1, 2, 0, 3, 4).flatten(2)[:, :, points]
-        nx, coils, _, _ = self._csm.shape
-        data = self._csm.new_empty(nx, coils, len(gram), len(points))
-        for start in range(0, nx, self._batch):
-            part = slice(start, start + self._batch)
-            spectrum = self._data_spectrum(part)  # (x, c, e, r, z, y)
-            data[part] = spectrum.transpose(2, 3).flatten(3)[..., points]
-        return points, gram, data
+    def sampled_data(self) -> Tensor:
+        """b where there are samples, within the span of the basis: (x, c, r, p) at ``gram_at_samples``."""
+        nx = self._csm.shape[0]
+        return torch.cat(
+            [
+                self.gram_at_samples.sampled(self._data_spectrum(slice(start, start + _POSITIONS_OF_DATA)))
+                for start in range(0, nx, _POSITIONS_OF_DATA)
+            ]
+        )
 
     def _data_spectrum(self, part: slice) -> Tensor:
-        """b of some readout positions within the span, uncentred: (x, c, e, r, z, y)."""
+        """b of some readout positions within the span, uncentred: (x, c, r, e, z, y)."""
         lines = self._reduced.projected[0][..., part].to(self._csm)  # (e, z, y, l, c, x)
-        spectrum = torch.einsum("lr,ezylcx->xcerzy", self._span.to(self._dtype).conj(), lines)
+        spectrum = torch.einsum("lr,ezylcx->xcrezy", self._span.to(self._dtype).conj(), lines)
         data: Tensor = torch.fft.ifftshift(spectrum, dim=_AXES)
         return data
 
@@ -243,11 +241,11 @@ class ReducedSense(LinearOperator):
     def adjoint_data(self) -> Tensor:
         """A^H s from the sums b: (x, k, z, y)."""
         result = self._csm.new_zeros(self.shape)
-        for start in range(0, self._csm.shape[0], self._batch):
-            part = slice(start, start + self._batch)
+        for start in range(0, self._csm.shape[0], _POSITIONS_OF_DATA):
+            part = slice(start, start + _POSITIONS_OF_DATA)
             coil_images = torch.fft.ifft2(self._data_spectrum(part), norm="ortho")
             csm = self._csm[part, :, None, None]
-            result[part] = self._coefficients(part, (coil_images * csm.conj()).sum(1))
+            result[part] = self.from_echo_images(part, (coil_images * csm.conj()).sum(1))
         image: Tensor = torch.fft.fftshift(result, dim=_AXES)
         return image
 
