@@ -12,7 +12,8 @@ what noise and undersampling put in.
 
 peers: one vfa_gre scan, the same lines, coil maps and basis for all (one that spans the whole field: no
 peer can take a field map). Every method at its best weight of the same grid search, scored by the mean NRMSE
-of T1 and T2*. Needs the program ``bart`` for that part.
+of T1 and T2*; locally low rank with two values of a second setting each, the size of the blocks for BART and
+the share of the Gaussian prior for ours. Needs the program ``bart`` for that part.
 
 cost: seconds of the solvers on random problems, one size doubled at a time, with the exponent of the growth.
 """
@@ -225,15 +226,17 @@ def peers(source: Path, folder: Path, acceleration: float, threads: int) -> list
         rows.append({"method": method, "weight": weight, "score": error, "seconds": seconds})
         say(f"{method:44s} weight {weight:9.4g}  error {100 * error:6.2f} %  {seconds:7.1f} s")
 
-    for name, solver, weights in (
-        ("llr", LocallyLowRank, (0.1, 0.3, 0.9)),
-        ("lrtv", LowRankTotalVariation, (0.1, 0.2, 0.4)),
+    for name, solver, shares, weights in (
+        ("llr", LocallyLowRank, (0.5, 0.8), (0.1, 0.3, 0.9)),
+        ("lrtv", LowRankTotalVariation, (0.5,), (0.1, 0.2, 0.4)),
     ):
+        for share in shares:
 
-        def ours(weight: float, solver: Any = solver) -> tuple[Any, float]:
-            return timed(lambda: scan.solve(solver(weight=weight)))
+            def ours(weight: float, solver: Any = solver, share: float = share) -> tuple[Any, float]:
+                return timed(lambda: scan.solve(solver(weight=weight, field_share=share)))
 
-        report(f"quantitron {name}", *best_weight(ours, weights, lambda found: scan.score(*found)))
+            found = best_weight(ours, weights, lambda found: scan.score(*found))
+            report(f"quantitron {name}, field_share {share:g}", *found)
     totals: dict[tuple[str, int], float] = {}
     if bart_available():
         say(f"BART {bart_version()}, {PEER_ITERATIONS} iterations")
