@@ -203,7 +203,9 @@ def timed(run: Callable[[], tuple[Any, float]]) -> tuple[Any, float]:
     return result, processor_seconds() - before
 
 
-def peers(source: Path, folder: Path, acceleration: float, threads: int) -> list[dict[str, Any]]:
+def peers(
+    source: Path, folder: Path, acceleration: float, threads: int, programs: Iterable[str] = ("bart", "sigpy")
+) -> list[dict[str, Any]]:
     """Best weight of each method, its error and time; then time at equal error."""
     anatomy, raw = folder / "phantom.npz", folder / "raw.h5"
     np.savez(anatomy, **phantom(source))
@@ -238,7 +240,7 @@ def peers(source: Path, folder: Path, acceleration: float, threads: int) -> list
             found = best_weight(ours, weights, lambda found: scan.score(*found))
             report(f"quantitron {name}, field_share {share:g}", *found)
     totals: dict[tuple[str, int], float] = {}
-    if bart_available():
+    if "bart" in programs and bart_available():
         say(f"BART {bart_version()}, {PEER_ITERATIONS} iterations")
         with Shuffle(lines, scan.csm, scan.phi, folder, threads) as shuffle:
             for kind, block in BART_PENALTIES:
@@ -274,6 +276,8 @@ def peers(source: Path, folder: Path, acceleration: float, threads: int) -> list
                     )
                     name = f"BART pics -B -R {kind}, {count} iterations"
                     report(name, weight, scan.score(found), seconds)
+    if "sigpy" not in programs:
+        return rows
     peer = SigpyProblem(lines, scan.csm, scan.phi)
     weight = totals.get(("T", 0), 0.3)
     found, seconds = timed(lambda: peer("T", weight, FEW_ITERATIONS))
@@ -375,6 +379,7 @@ def main() -> None:
     parser.add_argument("--pipelines", default=",".join(PIPELINES))
     parser.add_argument("--point-spread", default="average", choices=("average", "truncation"))
     parser.add_argument("-R", "--acceleration", type=float, default=12.0, help="of the scan for peers")
+    parser.add_argument("--peers", default="bart,sigpy", help="which of them are run beside ours")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--folder", type=Path, help="for the raw files; a temporary folder where absent")
     parser.add_argument("--json", type=Path)
@@ -385,7 +390,13 @@ def main() -> None:
         if arguments.what == "accuracy":
             rows = accuracy(arguments.sources, folder, arguments.pipelines.split(","), arguments.point_spread)
         elif arguments.what == "peers":
-            rows = peers(arguments.sources[0], folder, arguments.acceleration, arguments.threads)
+            rows = peers(
+                arguments.sources[0],
+                folder,
+                arguments.acceleration,
+                arguments.threads,
+                arguments.peers.split(","),
+            )
         else:
             rows = cost()
     if arguments.json:
