@@ -212,7 +212,7 @@ class CartesianMri2Qmap(WeightedImagePriors, CartesianSolver):
         """Rounds from images with few edges on, whose echo trains are kept."""
         problem = estimate.problem
         progress("total variation", 0.0)
-        edges = LowRankTotalVariation(weight=self.edges_weight)
+        edges = LowRankTotalVariation(weight=self.edges_weight, field_share=0.0)
         images = edges.refine(estimate, seed, lambda doing, share: progress(doing, 0.2 * share))
         nearest = NearestContrast.of_estimate(estimate, self.match_groups, self.spin_echoes, images)
         denoise = self.plugged_in(problem.network, problem.device)
