@@ -21,7 +21,7 @@ from quantitron.recon.metrics import CAPS, nrmse
 
 PERFECT_SNR = 3000.0
 PERFECT_ACCELERATION = {"vfa_gre": 1.0, "t2ir_gre": 8.0}
-"""All points of 640 frames would not fit into memory; a twelfth of them overdetermine nine coefficients."""
+"""All points of 640 frames would not fit into memory; an eighth of them overdetermines nine coefficients."""
 NAMES = {"T1": "t1", "T2": "t2", "T2STAR": "t2star"}
 
 
