@@ -1,12 +1,17 @@
 """The coordinate-network solvers at real size: accuracy, time and memory; and what an epoch costs.
 
     python benchmarks/inr.py accuracy delics_vol00.npz [mni] [--scans vfa_gre:12,27] [--seeds 1,2,3]
+    python benchmarks/inr.py summary first.json [second.json]
     python benchmarks/inr.py epoch delics_vol00.npz
     python benchmarks/inr.py equal delics_vol00.npz [--epochs 60] [--seeds 1,2]
 
-accuracy: scans of real in-vivo maps (Deli-CS volumes, benchmarks/invivo.py) and of the MNI brain, SNR 30, the
-object twice finer than the scan and averaged over each scan voxel. Every pipeline runs as it ships, in a
-process of its own: seconds and peak memory are those of ``quantitron replay``, from raw file to maps.
+accuracy: scans of real in-vivo maps (Deli-CS volumes, benchmarks/invivo.py) and of the MNI brain, SNR 30,
+the object twice finer than the scan and averaged over each scan voxel. Every pipeline runs as it ships or
+with the settings after its name (``summit:coils=given+epochs=40``), in a process of its own: seconds and peak
+memory are those of ``quantitron replay``, from raw file to maps. With several seeds a second table follows,
+of their means.
+
+summary: that table, of the rows that --json of several runs wrote.
 
 epoch, equal: LoREIN's joint training as this package computes it and as the publications do (joint_forms.py):
 time of an epoch of the vfa_gre scan R 12, and errors after a training on a coarser scan.
@@ -27,6 +32,7 @@ import torch
 from invivo import phantom
 from joint_forms import FORMS, epoch, equal
 from measured_replay import measured_replay
+from mrf import settings_of
 from subspace import AVERAGE, T2IR, VFA
 
 from quantitron.host.compare import compare
@@ -52,7 +58,6 @@ def accuracy(
     scans: dict[str, list[float]],
     pipelines: Iterable[str],
     seeds: Iterable[int],
-    settings: Iterable[str],
 ) -> list[dict[str, Any]]:
     """NRMSE, MAPE, time and memory of every pipeline on every scan."""
     objects: dict[str, Any] = {}
@@ -77,7 +82,8 @@ def accuracy(
                         overwrite=True,
                     )
                     for pipeline in pipelines:
-                        seconds, memory = measured_replay(raw, pipeline, maps, settings)
+                        method, settings = settings_of(pipeline)
+                        seconds, memory = measured_replay(raw, method, maps, settings)
                         found = compare(maps, raw)["maps"]
                         rows.append(
                             {
@@ -90,20 +96,47 @@ def accuracy(
                                 "maps": found,
                             }
                         )
-                        cells = [
-                            f"{100 * found[role]['nrmse']:.1f}" if role in found else "" for role in ROLES
-                        ]
-                        tissue = " / ".join(
-                            f"{50 * (found[role]['mape_wm'] + found[role]['mape_gm']):.1f}"
-                            if role in found
-                            else "-"
-                            for role in ROLES
-                        )
+                        cells = [cell(rows[-1:], role, "nrmse") for role in ROLES]
                         say(
                             f"| {name} | `{sequence}` R {acceleration:g} | {seed} | `{pipeline}` | "
-                            f"{' | '.join(cells)} | {tissue} | {seconds:.0f} | {memory:.1f} |"
+                            f"{' | '.join(cells)} | {tissue(rows[-1:])} | {seconds:.0f} | {memory:.1f} |"
                         )
     return rows
+
+
+def cell(rows: list[dict[str, Any]], role: str, *metrics: str) -> str:
+    """Mean of metrics of a map over rows [%], and the range of the rows where there are several."""
+    if any(role not in row["maps"] for row in rows):
+        return ""
+    values = [100 * np.mean([row["maps"][role][metric] for metric in metrics]) for row in rows]
+    spread = f" ({max(values) - min(values):.1f})" if len(rows) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
+
+
+def tissue(rows: list[dict[str, Any]]) -> str:
+    """MAPE of the maps, mean of white and grey matter."""
+    return " / ".join(cell(rows, role, "mape_wm", "mape_gm").split(" ")[0] or "-" for role in ROLES)
+
+
+def summary(rows: list[dict[str, Any]]) -> None:
+    """Means over the seeds; in brackets how far these lie apart."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["object"], row["scan"], row["pipeline"]), []).append(row)
+    say("| object | scan | seeds | pipeline | T1 | T2 | T2* | MAPE T1 / T2 / T2* |")
+    say("|---|---|---|---|---|---|---|---|")
+    for (name, scan, pipeline), found in sorted(groups.items(), key=lambda group: order(*group[0])):
+        cells = [cell(found, role, "nrmse") for role in ROLES]
+        say(
+            f"| {name} | `{scan.split()[0]}` {scan.partition(' ')[2]} | {len(found)} | `{pipeline}` | "
+            f"{' | '.join(cells)} | {tissue(found)} |"
+        )
+
+
+def order(name: str, scan: str, _pipeline: str) -> tuple[str, bool, float]:
+    """Objects by name, vfa_gre first, accelerations from low to high."""
+    sequence, _, acceleration = scan.partition(" R ")
+    return name, sequence != "vfa_gre", float(acceleration)
 
 
 def scans_of(words: Iterable[str]) -> dict[str, list[float]]:
@@ -117,11 +150,12 @@ def scans_of(words: Iterable[str]) -> dict[str, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("accuracy", "epoch", "equal"))
-    parser.add_argument("sources", type=Path, nargs="+", help="delics_volXX.npz, or mni")
+    parser.add_argument("what", choices=("accuracy", "summary", "epoch", "equal"))
+    parser.add_argument("sources", type=Path, nargs="+", help="delics_volXX.npz, or mni; summary: JSON files")
     parser.add_argument("--scans", nargs="+", default=["vfa_gre:12,27,48", "t2ir_gre:80,160,320"])
-    parser.add_argument("--pipelines", default="subspace,llr,model_based,lorein,summit")
-    parser.add_argument("--set", action="append", default=[], help="GADGET.PROPERTY=VALUE for all of them")
+    parser.add_argument(
+        "--pipelines", default="subspace,llr,lorein,summit", help="name[:property=value+...], ..."
+    )
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--threads", type=int, default=1, help="of epoch and equal")
     parser.add_argument("--epochs", type=int, default=60, help="of equal")
@@ -129,6 +163,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for the raw files; a temporary folder where absent")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.what == "summary":
+        summary([row for source in arguments.sources for row in json.loads(source.read_text())])
+        return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         if arguments.what == "accuracy":
@@ -138,8 +175,9 @@ def main() -> None:
                 scans_of(arguments.scans),
                 arguments.pipelines.split(","),
                 [int(seed) for seed in arguments.seeds.split(",")],
-                arguments.set,
             )
+            if len(arguments.seeds.split(",")) > 1:
+                summary(rows)
         else:
             torch.set_num_threads(arguments.threads)
             anatomy = folder / "object.npz"

@@ -17,8 +17,10 @@ from quantitron.phantoms.simulate import simulate
 from quantitron.recon.data import SEQUENCE_MAPS, Maps, Problem
 from quantitron.recon.operators.frame_data_term import FrameDataTerm
 from quantitron.recon.solvers import Subspace, Summit
+from quantitron.recon.solvers.cartesian import CartesianSolver
 from quantitron.recon.solvers.held_out import split_lines
 from quantitron.recon.solvers.scan_fit import ScanFit
+from quantitron.recon.solvers.training import Schedule
 
 TIMES = ("t1", "t2", "t2star")
 SCANS = {
@@ -126,6 +128,29 @@ def test_the_published_form_starts_from_constants_and_finds_the_coil_maps():
     ratio = (maps.values["pd"] / linear.values["pd"])[maps.mask]
     assert 0.9 < float(ratio.median()) < 1.1  # coil maps of unit length, whatever the network gave
     assert maps.residual_to_noise < 8  # 300 without any signal
+
+
+def test_given_coil_maps_stay_and_wrong_ones_are_mended_where_they_are_estimated():
+    problem, truth, mask = _scan()
+    errors, residuals = {}, {}
+    for coils in ("given", "estimated"):
+        settings = {**QUICK, "held_out": 0.0, "wnnm": 0.0, "coils": coils}
+        summit = Summit(**settings)
+        estimate = summit.linear_estimate(problem, lambda *told: None)
+        linear = CartesianSolver.maps(summit, estimate, estimate.coefficients, problem, lambda *told: None)
+        # Coil maps that are off by a fifth, smoothly: no single amplitude makes up for it.
+        fit = ScanFit(summit, problem, estimate, linear)
+        signs = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None, None]
+        fit.csm = fit.csm * (1 + 0.2 * signs * torch.linspace(-1, 1, fit.csm.shape[-1]))
+        fit.run(Schedule(summit.epochs, summit.learning_rate, summit.halve_every), lambda *told: None)
+        assert (fit.networks.coils is None) == (coils == "given")
+        maps = fit.maps()
+        errors[coils] = map_error(maps, truth, mask, "t1")
+        residuals[coils] = maps.residual_to_noise
+    assert residuals["estimated"] < 0.8 * residuals["given"]
+    assert errors["estimated"] < errors["given"]
+    with pytest.raises(ValueError, match=r"coils 'given'.*coil_start 'network'"):
+        Summit(coils="given", coil_start="network")
 
 
 def test_the_same_seed_gives_the_same_maps():

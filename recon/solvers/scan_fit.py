@@ -43,6 +43,8 @@ class FitSettings:
 
     start: Literal["maps", "constant"] = "maps"
     """What the networks begin with: the linear estimate's maps, or the medians of these."""
+    coils: Literal["estimated", "given"] = "estimated"
+    """Whether a network changes the coil maps, or they stay as ESPIRiT found them."""
     coil_start: Literal["espirit", "network"] = "espirit"
     """Whether the coil network changes ESPIRiT's maps, or makes the coil maps from nothing."""
     epochs: int = field(default=100, metadata={"minimum": 1})
@@ -137,7 +139,8 @@ class ScanFit:
                 settings.shared_encoder,
                 settings.log2_rows,
                 settings.phase_log2_rows,
-                settings.coil_start == "espirit",
+                estimate_coils=settings.coils == "estimated",
+                multiply_coils=settings.coil_start == "espirit",
             ),
             self.target.constants(),
             self.target.spread,

@@ -92,6 +92,8 @@ class NetworkSettings:
     """Of the maps' hash grid."""
     phase_log2_rows: int = 12
     """Of the phase's hash grid."""
+    estimate_coils: bool = True
+    """Whether there is a network for the coil maps; given ones stay as they are where not."""
     multiply_coils: bool = True
     """Whether the coil network changes given coil maps, in place of making them."""
 
@@ -149,7 +151,7 @@ class ScanNetworks(nn.Module):
             small = torch.full((1,), _INVERSION_SCALE, device=device)
             self.inversion = RealField(network(coarse, 1, 1), start.inversion.to(device), small)
         self.coils: ComplexField | None = None
-        if settings.coils > 1:  # with one coil its map and the amplitude are one
+        if settings.estimate_coils and settings.coils > 1:  # one coil's map and the amplitude are one
             begin = 1.0 if settings.multiply_coils else settings.coils**-0.5
             ones = torch.ones(settings.coils, device=device)
             self.coils = ComplexField(

@@ -35,6 +35,16 @@ class Summit(FitSettings, CartesianSolver):
     preview: bool = True
     """Whether the maps of the linear estimate are sent as soon as they are there."""
 
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict each other.
+
+        Raises:
+            ValueError: if coil maps that are to stay as they are should begin with a network.
+        """
+        super().__post_init__()
+        if self.coils == "given" and self.coil_start == "network":
+            raise ValueError("coils 'given' are ESPIRiT's maps; coil_start 'network' has none: choose one")
+
     @property
     def needs_lines(self) -> bool:
         """The mean absolute error has no reduced form."""
