@@ -191,9 +191,11 @@ def test_working_set_changes_nothing(monkeypatch):
         torch.testing.assert_close(gradient, results[0][1], rtol=1e-9, atol=1e-12)
 
 
-def test_shrinking_is_that_of_the_svd():
+@pytest.mark.parametrize(("patch", "similar"), [(5, 3), (2, 6)])
+def test_shrinking_is_that_of_the_svd(patch, similar):
+    """Also of stacks of more patches than a patch has voxels."""
     maps = _similar_maps()
-    matches = match_blocks(maps[0], stride=2)
+    matches = match_blocks(maps[0], patch, similar=similar, stride=2)
     strength = torch.tensor([2e-2, 1e-8, 5e3], dtype=torch.float64)
     result = shrink_stacks(maps, matches, strength, floor=1e-5)
     for image, shrunk, power in zip(maps, result, strength.tolist(), strict=True):

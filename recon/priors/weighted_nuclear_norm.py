@@ -93,7 +93,7 @@ def shrink_stacks(
     with torch.no_grad():
         columns = _columns(maps)
         spectrum = _Spectrum(columns, matches, epsilon, floor)
-        threshold = strength.to(columns).repeat(matches.stacks) * spectrum.weight  # (member, stack * n)
+        threshold = strength.to(columns).repeat(matches.stacks) * spectrum.weight  # (side, stack * n)
         factor = torch.where(
             spectrum.kept, (1 - threshold * spectrum.inverse).clamp_min(0), torch.zeros_like(threshold)
         )
@@ -143,29 +143,37 @@ class _WeightedNuclearNorm(torch.autograd.Function):
 
 
 class _Spectrum:
-    """Singular values and right singular vectors of every stack; columns are (stack * n), maps fastest."""
+    """Singular values and singular vectors of every stack; columns are (stack * n), maps fastest.
+
+    The vectors are those of the shorter side of a stack's matrix (members x voxels of a patch), whose Gram
+    matrix is the smaller one.
+    """
 
     def __init__(self, columns: Tensor, matches: Matches, epsilon: float, floor: float) -> None:
         self._matches = matches
         self._to_basis, self._from_differences = _mean_and_differences(matches.members, columns)
         stacks, members, voxels = matches.stacks, matches.members, matches.patch_voxels
-        gram = columns.new_empty(members, members, stacks * columns.shape[1])
-        residual_sum = torch.empty_like(gram[0, 0])
+        self._by_voxel = voxels < members
+        side = min(members, voxels)
+        gram = columns.new_empty(side, side, stacks * columns.shape[1])
+        residual_sum, residual_square = (torch.empty_like(gram[0, 0]) for _ in range(2))
         for part, place in self._parts(columns.shape[1]):
             stack = self._stack(columns, part)  # (member, voxel, stack * n)
-            for a in range(members):
-                for b in range(a, members):
-                    torch.sum(stack[a] * stack[b], 0, out=gram[a, b, place])
+            rows = self._rows(stack)
+            for a in range(side):
+                for b in range(a, side):
+                    torch.sum(rows[a] * rows[b], 0, out=gram[a, b, place])
             torch.sum(stack[1], 0, out=residual_sum[place])
+            torch.sum(stack[1].square(), 0, out=residual_square[place])
         # Reference less mean patch is sqrt((N - 1) / N) times the first difference of the basis.
         share = (members - 1) / members
-        variance = share * (gram[1, 1] / voxels - (residual_sum / voxels).square()).clamp_min(0)
-        energy = sum((gram[a, a] for a in range(1, members)), start=gram[0, 0].clone())
+        variance = share * (residual_square / voxels - (residual_sum / voxels).square()).clamp_min(0)
+        energy = sum((gram[a, a] for a in range(1, side)), start=gram[0, 0].clone())
         scale = torch.where(energy > 0, energy, torch.ones_like(energy))
         # Relative to the stack's energy, so that squares of small entries do not underflow.
         eigenvalues, self._vectors = _jacobi(gram.div_(scale))
         lost = torch.finfo(columns.dtype).eps ** 2
-        self.kept = eigenvalues > lost  # (member, stack * n)
+        self.kept = eigenvalues > lost  # (side, stack * n)
         square = torch.where(self.kept, eigenvalues, torch.zeros_like(eigenvalues)) * scale
         self.singular = square.sqrt()
         self.inverse = torch.where(self.kept, self.singular.reciprocal(), torch.zeros_like(square))
@@ -186,31 +194,38 @@ class _Spectrum:
         stack[1:] -= stack[0]
         return (self._from_differences @ stack.flatten(1)).reshape(stack.shape)
 
+    def _rows(self, stack: Tensor) -> Tensor:
+        """A view of stacks (member, voxel, stack * n) with the shorter side first."""
+        return stack.transpose(0, 1) if self._by_voxel else stack
+
     def combine(self, columns: Tensor, factor: Tensor) -> Tensor:
-        """Sum over the stacks, at their voxels, of Y V diag(factor) V^T: (x * z * y, n).
+        """Sum over the stacks, at their voxels, of what singular values times ``factor`` make of them.
+
+        That is V diag(factor) V^T Y, with V the vectors of the rows of Y: (x * z * y, n).
 
         Args:
             columns: (x * z * y, n) the maps.
-            factor: (member, stack * n).
+            factor: (side, stack * n).
         """
         matches, vectors = self._matches, self._vectors
         members, voxels, stacks = matches.voxel.shape
-        maps = columns.shape[1]
+        side, maps = len(factor), columns.shape[1]
         # (V diag(factor) V^T)[a, b] of every stack.
         mixing = torch.stack(
             [
-                torch.stack([(vectors[a] * vectors[b] * factor).sum(0) for b in range(members)])
-                for a in range(members)
+                torch.stack([(vectors[a] * vectors[b] * factor).sum(0) for b in range(side)])
+                for a in range(side)
             ]
         )
         entries = columns.new_empty(members, voxels, stacks, maps)
         for part, place in self._parts(maps):
             stack = self._stack(columns, part)
             mixed = torch.empty_like(stack)
-            for a in range(members):
-                torch.mul(stack[0], mixing[0, a, place], out=mixed[a])
-                for b in range(1, members):
-                    mixed[a].addcmul_(stack[b], mixing[b, a, place])
+            rows, mixed_rows = self._rows(stack), self._rows(mixed)
+            for a in range(side):
+                torch.mul(rows[0], mixing[0, a, place], out=mixed_rows[a])
+                for b in range(1, side):
+                    mixed_rows[a].addcmul_(rows[b], mixing[b, a, place])
             back = self._to_basis.T @ mixed.flatten(1)
             entries[:, :, part] = back.reshape(members, voxels, -1, maps)
         return matches.scatter(entries.reshape(-1, maps))
