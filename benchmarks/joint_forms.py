@@ -2,7 +2,8 @@
 
 - ``object``: features by sparse matrices, reduced data terms, networks at the object's voxels alone;
 - ``everywhere``: the same with networks at all voxels, as published;
-- ``published``: features gathered and scattered, data terms frame by frame (published_epoch.py), all voxels.
+- ``published``: features gathered and scattered, data terms frame by frame (published_epoch.py), all voxels;
+- ``given``: ``object`` with ESPIRiT's coil maps as they are, in place of a network that changes them.
 
 ``everywhere`` and ``published`` minimise the same objective, up to what the maps' signals have outside the
 basis; ``object`` knows the voxels in which there is nothing.
@@ -36,7 +37,8 @@ from quantitron.recon.solvers.lorein_joint import JointTraining
 from quantitron.recon.solvers.map_estimate import MapEstimate, start_from
 from quantitron.recon.solvers.training import ParameterGroup, Schedule, adam
 
-FORMS = ("object", "everywhere", "published")
+TIMED_FORMS = ("object", "everywhere", "published")
+FORMS = (*TIMED_FORMS, "given")
 SETTINGS = {"held_out": 0.0, "log2_rows": 15, "wnnm": 0.1}
 """Of all forms: no early stop, and the sizes that ``lorein`` ships with."""
 COARSE = {"matrix": (56, 56, 8), "fov": (224.0, 224.0, 32.0)}
@@ -65,7 +67,13 @@ class Scan:
     def training(self, form: str, **settings: Any) -> JointTraining:
         """The objective, computed in one of the forms."""
         frames = form == "published"
-        chosen = JointSettings(**SETTINGS, frames=frames, everywhere=form != "object", **settings)
+        chosen = JointSettings(
+            **SETTINGS,
+            frames=frames,
+            everywhere=form not in ("object", "given"),
+            estimate_coils=form != "given",
+            **settings,
+        )
         training = JointTraining(self.problem, self.estimate, self.start, chosen)
         if frames:
             assert self.problem.kspace is not None
@@ -112,7 +120,7 @@ def epoch(anatomy: Path, raw: Path) -> list[dict[str, Any]]:
     Their steps alternate: other work on the machine slows all of them alike. Losses are means over the steps.
     """
     scan = Scan.simulated(anatomy, raw)
-    forms = {form: Epoch(scan, form) for form in FORMS}
+    forms = {form: Epoch(scan, form) for form in TIMED_FORMS}
     positions = len(forms["published"].blocks)
     for number in torch.randperm(positions, generator=torch.Generator().manual_seed(0)).tolist():
         for form in forms.values():
