@@ -1,12 +1,15 @@
 """Fingerprinting at real size: accuracy of every pipeline, spheres of the NIST plate, time and memory.
 
     python benchmarks/mrf.py accuracy delics_vol00.npz [...] [--scans jiang:500,1000 tgas:500] [--seeds 1]
-    python benchmarks/mrf.py spheres [--scans jiang:500,1000]
+        [--snr 5,10,20,30] [--samples 768,1166]
+    python benchmarks/mrf.py spheres [--scans jiang:500,1000] [--snr 10] [--samples 768]
     python benchmarks/mrf.py volume delics_vol00.npz
 
 accuracy: one slice 192x192 of real in-vivo maps (Deli-CS volumes, benchmarks/invivo.py) or of the MNI brain,
-8 coils, SNR 10, one of 48 spirals a time point, in sequential and in shuffled order, the object twice finer
-than the scan and its k-space cut as a scanner does. MAPE is the mean of that in white and in grey matter. The
+8 coils, one of 48 spirals a time point, in sequential and in shuffled order, the object twice finer than the
+scan and its k-space cut as a scanner does. ``--snr`` is the SNR of one sample at full sampling, 10 if nothing
+is said; ``--samples`` those of a readout: more of them come closer together on the same spiral with the same
+noise each, which is a longer readout. MAPE is the mean of that in white and in grey matter. The
 floor is the match of perfect images: the true coefficient images at the scan's resolution, with the noise of
 frames that are fully sampled; ``floor, R`` has R times its variance, that of the samples acquired. Pipelines
 run as they ship, or with the settings after the name (``joint_inr:start=cg``), each in a process of its own;
@@ -20,11 +23,13 @@ volume: a stack of spirals, 96x96x24, 500 points, 8 coils: seconds and peak memo
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +48,12 @@ from quantitron.phantoms.schedules import make_schedule
 from quantitron.phantoms.signal_table import signal_basis, tabulate
 from quantitron.phantoms.simulate import load_anatomy
 from quantitron.phantoms.simulate_fingerprint import simulate_fingerprint
+from quantitron.phantoms.spiral import SpiralDesign, design_spiral
 from quantitron.recon.data import Encoding, FingerprintProblem, Protocol, TrajectoryKSpace
 from quantitron.recon.fingerprint_maps import fingerprint_maps
 from quantitron.recon.metrics import mape
 
-MATRIX, FIELD, COILS, SNR = 192, (220.0, 220.0, 5.0), 8, 10.0
+MATRIX, FIELD, COILS, INTERLEAVES, SNR, SAMPLES = 192, (220.0, 220.0, 5.0), 8, 48, 10.0, 768
 ORDERS = ("sequential", "shuffled")
 PIPELINES = "svdmrf,subspace,llr,lrtv,mrf_admm,joint_inr,joint_inr:start=cg"
 ROLES = ("T1", "T2")
@@ -83,17 +89,31 @@ def settings_of(pipeline: str) -> tuple[str, list[str]]:
     return name, [f"reconstruct.{part}" for part in rest.split("+") if part]
 
 
+def spiral_of(samples: int) -> SpiralDesign:
+    """The spiral of the scanner's limits, sampled as often as wanted."""
+    design = SpiralDesign()
+    same = replace(design, matrix=MATRIX, field_of_view=FIELD[0] / 1e3, interleaves=INTERLEAVES)
+    usual = len(design_spiral(same))
+    if samples == usual:
+        return design
+    # The spiral ends up to one dwell time after its last sample: half of one is right within one sample.
+    return replace(design, dwell_time=design.dwell_time * (usual - 0.5) / (samples - 0.5))
+
+
 def accuracy(
     sources: Iterable[Path],
     folder: Path,
     wanted: list[tuple[str, int]],
-    orders: Iterable[str],
-    pipelines: Iterable[str],
-    seeds: Iterable[int],
+    orders: Sequence[str],
+    pipelines: Sequence[str],
+    seeds: Sequence[int],
+    levels: Sequence[float],
+    lengths: Sequence[int],
 ) -> list[dict[str, Any]]:
     """MAPE, NRMSE, time and memory of every pipeline on every scan."""
-    say("| object | schedule | points | order | seed | pipeline | MAPE T1 | T2 | NRMSE T1 / T2 | s | GB |")
-    say("|---|---|---|---|---|---|---|---|---|---|---|")
+    columns = "object | schedule | points | SNR | samples | seed | order | pipeline | MAPE T1 | T2"
+    say(f"| {columns} | NRMSE T1 / T2 | s | GB |")
+    say("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     rows: list[dict[str, Any]] = []
 
     def add(case: tuple[Any, ...], pipeline: str, found: dict[str, Any], cost: tuple[float, float]) -> None:
@@ -105,37 +125,42 @@ def accuracy(
         cells = [*map(str, case), f"`{pipeline}`", f"{errors['T1']:.2f}", f"{errors['T2']:.2f}", nrmse]
         say("| " + " | ".join(cells) + f" | {cost[0]:.1f} | {cost[1]:.2f} |")
 
+    conditions = list(itertools.product(wanted, levels, lengths, seeds))
+    raw, maps = folder / "raw.h5", folder / "maps.h5"
     for name, anatomy in objects(sources, folder):
-        for schedule, points in wanted:
-            for seed in seeds:
-                for number, order in enumerate(orders):
-                    raw, maps = folder / "raw.h5", folder / "maps.h5"
-                    scan = simulate_fingerprint(
-                        output=raw,
-                        phantom=anatomy,
-                        schedule=schedule,
-                        points=points,
-                        order=order,
-                        matrix=(MATRIX, MATRIX, 1),
-                        fov=FIELD,
-                        coils=COILS,
-                        snr=SNR,
-                        seed=seed,
-                        overwrite=True,
-                    )
-                    if number == 0:  # perfect images know no order
-                        case = (name, schedule, points, "", seed)
-                        protocol = make_schedule(schedule, points, seed=seed)
-                        for label, excess in (("floor", 1.0), ("floor, R", scan.acceleration)):
-                            add(case, label, floor(anatomy, protocol, raw, seed, excess), (0, 0))
-                    for pipeline in pipelines:
-                        method, settings = settings_of(pipeline)
-                        cost = measured_replay(raw, method, maps, settings)
-                        add((name, schedule, points, order, seed), pipeline, compare(maps, raw)["maps"], cost)
+        for (schedule, points), snr, samples, seed in conditions:
+            for number, order in enumerate(orders):
+                scan = simulate_fingerprint(
+                    output=raw,
+                    phantom=anatomy,
+                    schedule=schedule,
+                    points=points,
+                    interleaves=INTERLEAVES,
+                    order=order,
+                    matrix=(MATRIX, MATRIX, 1),
+                    fov=FIELD,
+                    coils=COILS,
+                    snr=snr,
+                    seed=seed,
+                    spiral=spiral_of(samples),
+                    overwrite=True,
+                )
+                case = (name, schedule, points, f"{snr:g}", samples, seed)
+                if number == 0:  # perfect images know no order
+                    protocol = make_schedule(schedule, points, seed=seed)
+                    for label, excess in (("floor", 1.0), ("floor, R", scan.acceleration)):
+                        found = floor(anatomy, protocol, raw, snr, seed, excess)
+                        add((*case, ""), label, found, (0, 0))
+                for pipeline in pipelines:
+                    method, settings = settings_of(pipeline)
+                    cost = measured_replay(raw, method, maps, settings)
+                    add((*case, order), pipeline, compare(maps, raw)["maps"], cost)
     return rows
 
 
-def floor(anatomy: str | Path, protocol: Protocol, raw: Path, seed: int, excess: float) -> dict[str, Any]:
+def floor(
+    anatomy: str | Path, protocol: Protocol, raw: Path, snr: float, seed: int, excess: float
+) -> dict[str, Any]:
     """MAPE of the match of perfect images with ``excess`` times the noise of fully sampled frames."""
     encoding = Encoding(
         (1, MATRIX, MATRIX), (FIELD[2] / 1e3, FIELD[1] / 1e3, FIELD[0] / 1e3), (1, MATRIX, MATRIX)
@@ -152,7 +177,7 @@ def floor(anatomy: str | Path, protocol: Protocol, raw: Path, seed: int, excess:
     dictionary = cached_dictionary(protocol)
     basis = dictionary.basis(0.9999)
     components = signal_basis(tabulate([scene], protocol), [scene.pd])
-    gain = receive_gain(scene, components.axes, components.coefficients[0], seed)
+    gain = receive_gain(scene, components.axes, components.coefficients[0], snr, seed)
     images = torch.stack(
         [truncated(scene, scene.pd * gain * part.to(torch.complex64)) for part in components.coefficients[0]]
     )  # (l', y, x)
@@ -198,12 +223,14 @@ def floor(anatomy: str | Path, protocol: Protocol, raw: Path, seed: int, excess:
     return result
 
 
-def receive_gain(scene: Scene, axes: torch.Tensor, coefficients: torch.Tensor, seed: int) -> torch.Tensor:
+def receive_gain(
+    scene: Scene, axes: torch.Tensor, coefficients: torch.Tensor, snr: float, seed: int
+) -> torch.Tensor:
     """(v,) amplitude of unit signal in whitened, combined channels, at the simulation's SNR."""
     images = np.stack([scene.block_mean(scene.embed(scene.pd * part)) for part in coefficients])
     judged = scene.block_mean(scene.fine.mask.astype(np.float32)) >= 0.5
     level = float(np.sqrt((np.abs(images[:, judged]) ** 2).sum(0) / len(axes)).mean())
-    covariance = (level / SNR) ** 2 * noise_covariance(COILS, np.random.default_rng([seed, 3]))
+    covariance = (level / snr) ** 2 * noise_covariance(COILS, np.random.default_rng([seed, 3]))
     coils = scene.coils.numpy()  # (c, v)
     gain = np.einsum("cv,cd,dv->v", coils.conj(), np.linalg.inv(covariance), coils).real
     return torch.from_numpy(np.sqrt(gain).astype(np.float32))
@@ -226,56 +253,61 @@ def truncated(scene: Scene, values: torch.Tensor) -> torch.Tensor:
 def spheres(
     folder: Path,
     wanted: list[tuple[str, int]],
-    orders: Iterable[str],
-    pipelines: Iterable[str],
-    seeds: Iterable[int],
+    orders: Sequence[str],
+    pipelines: Sequence[str],
+    seeds: Sequence[int],
+    levels: Sequence[float],
+    lengths: Sequence[int],
 ) -> list[dict[str, Any]]:
     """Bias, coefficient of variation and slope on the T2 plate."""
-    say("| schedule | points | order | seed | pipeline | map | slope | CoV | worst bias | bias / CoV |")
-    say("|---|---|---|---|---|---|---|---|---|---|")
+    columns = "schedule | points | SNR | samples | seed | order | pipeline | map | slope | CoV | worst bias"
+    say(f"| {columns} | bias / CoV |")
+    say("|---|---|---|---|---|---|---|---|---|---|---|---|")
     rows: list[dict[str, Any]] = []
-    for schedule, points in wanted:
-        for seed in seeds:
-            for order in orders:
-                raw, maps = folder / "raw.h5", folder / "maps.h5"
-                simulate_fingerprint(
-                    output=raw,
-                    phantom="nist",
-                    schedule=schedule,
-                    points=points,
-                    order=order,
-                    matrix=(MATRIX, MATRIX, 1),
-                    fov=FIELD,
-                    coils=COILS,
-                    snr=SNR,
-                    seed=seed,
-                    overwrite=True,
+    raw, maps = folder / "raw.h5", folder / "maps.h5"
+    conditions = itertools.product(wanted, levels, lengths, seeds, orders)
+    for (schedule, points), snr, samples, seed, order in conditions:
+        simulate_fingerprint(
+            output=raw,
+            phantom="nist",
+            schedule=schedule,
+            points=points,
+            interleaves=INTERLEAVES,
+            order=order,
+            matrix=(MATRIX, MATRIX, 1),
+            fov=FIELD,
+            coils=COILS,
+            snr=snr,
+            seed=seed,
+            spiral=spiral_of(samples),
+            overwrite=True,
+        )
+        case = (schedule, points, f"{snr:g}", samples, seed, order)
+        for pipeline in pipelines:
+            method, settings = settings_of(pipeline)
+            measured_replay(raw, method, maps, settings)
+            found = compare(maps, raw)["spheres"]
+            for role in ROLES:
+                part = found[role]
+                variations = [sphere["variation"] or 0.0 for sphere in part["list"]]
+                biases = [sphere["bias"] or 0.0 for sphere in part["list"]]
+                rows.append(
+                    {
+                        "case": case,
+                        "pipeline": pipeline,
+                        "role": role,
+                        **part,
+                    }
                 )
-                for pipeline in pipelines:
-                    method, settings = settings_of(pipeline)
-                    measured_replay(raw, method, maps, settings)
-                    found = compare(maps, raw)["spheres"]
-                    for role in ROLES:
-                        part = found[role]
-                        variations = [sphere["variation"] or 0.0 for sphere in part["list"]]
-                        biases = [sphere["bias"] or 0.0 for sphere in part["list"]]
-                        rows.append(
-                            {
-                                "case": (schedule, points, order, seed),
-                                "pipeline": pipeline,
-                                "role": role,
-                                **part,
-                            }
-                        )
-                        each = ", ".join(
-                            f"{100 * bias:+.1f}/{100 * variation:.1f}"
-                            for bias, variation in zip(biases, variations, strict=True)
-                        )
-                        say(
-                            f"| {schedule} | {points} | {order} | {seed} | `{pipeline}` | {role} | "
-                            f"{part['slope']:.4f} | {100 * float(np.mean(variations)):.2f} | "
-                            f"{100 * max(biases, key=abs):+.1f} | {each} |"
-                        )
+                each = ", ".join(
+                    f"{100 * bias:+.1f}/{100 * variation:.1f}"
+                    for bias, variation in zip(biases, variations, strict=True)
+                )
+                say(
+                    f"| {' | '.join(map(str, case))} | `{pipeline}` | {role} | "
+                    f"{part['slope']:.4f} | {100 * float(np.mean(variations)):.2f} | "
+                    f"{100 * max(biases, key=abs):+.1f} | {each} |"
+                )
     return rows
 
 
@@ -318,11 +350,17 @@ def main() -> None:
     parser.add_argument("--orders", default=",".join(ORDERS))
     parser.add_argument("--pipelines", default=PIPELINES, help="name[:property=value+...], ...")
     parser.add_argument("--seeds", default="1")
+    parser.add_argument(
+        "--snr", default=f"{SNR:g}", help="of one sample at full sampling: 10,20 (not volume)"
+    )
+    parser.add_argument("--samples", default=str(SAMPLES), help="of a readout: 768,1166 (not volume)")
     parser.add_argument("--folder", type=Path, help="for the raw files; a temporary folder where absent")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     wanted, orders = list(scans(arguments.scans)), arguments.orders.split(",")
     pipelines, seeds = arguments.pipelines.split(","), [int(seed) for seed in arguments.seeds.split(",")]
+    levels = [float(level) for level in arguments.snr.split(",")]
+    lengths = [int(samples) for samples in arguments.samples.split(",")]
     if arguments.what != "spheres" and not arguments.sources:
         parser.error(f"{arguments.what} needs an object: delics_volXX.npz, or mni")
     with tempfile.TemporaryDirectory() as temporary:
@@ -333,9 +371,9 @@ def main() -> None:
             for seed in seeds:
                 cached_dictionary(make_schedule(schedule, points, seed=seed))
         if arguments.what == "accuracy":
-            rows = accuracy(arguments.sources, folder, wanted, orders, pipelines, seeds)
+            rows = accuracy(arguments.sources, folder, wanted, orders, pipelines, seeds, levels, lengths)
         elif arguments.what == "spheres":
-            rows = spheres(folder, wanted, orders, pipelines, seeds)
+            rows = spheres(folder, wanted, orders, pipelines, seeds, levels, lengths)
         else:
             rows = volume(arguments.sources[0], folder, pipelines)
     if arguments.json:

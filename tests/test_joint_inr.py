@@ -82,14 +82,16 @@ def test_the_network_is_nearer_to_the_truth_than_the_data() -> None:
 
 def test_rounds_lie_between_data_and_network() -> None:
     network, data = _refined(rounds=0), _estimate().data
-    weak, strong = (_refined(rounds=1, low_rank=0.0, attraction=a) for a in (0.01, 1e3))
+    alone = {"rounds": 1, "low_rank": 0.0, "field_share": 0.0}
+    weak, strong = (_refined(**alone, attraction=a) for a in (0.01, 1e3))
     assert float((weak - data).norm()) < 0.2 * float((network - data).norm())
     assert float((strong - network).norm()) < 0.2 * float((network - data).norm())
 
 
 def test_low_rank_helps_the_rounds() -> None:
-    with_it, without = (_refined(rounds=1, attraction=0.1, low_rank=w) for w in (0.5, 0.0))
-    assert _error(with_it) < 0.97 * _error(without)
+    settings = {"rounds": 1, "field_share": 0.0, "attraction": 0.1}
+    with_it, without = (_refined(**settings, low_rank=w) for w in (0.25, 0.0))
+    assert _error(with_it) < 0.95 * _error(without)  # 0.264 and 0.293
 
 
 def test_same_seed_same_images() -> None:

@@ -159,6 +159,17 @@ def test_tilings_share_the_penalty():
     torch.testing.assert_close(nested(v), mean(v), rtol=0, atol=1e-12)  # each tiling counts alike
 
 
+def test_tilings_of_a_round_all_differ():
+    """As many as a block has voxels are all there are, in any order; in a slice fewer than that are left."""
+    u, v = _random(20, (9, 2, 1, 9)), _random(21, (9, 2, 1, 9))
+    prior = BlockLowRank(2.0, (3, 3, 3))
+    every = [prior.reweighting(u, 0.1, (x, 0, y)) for x in range(3) for y in range(3)]
+    expected = BlockPrecision.mean(every)(v)
+    for seed, tilings in ((0, 9), (1, 9), (2, 100)):
+        mean = prior.mean_reweighting(u, 0.1, tilings, torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(mean(v), expected, rtol=0, atol=1e-12)
+
+
 def test_the_mean_of_tilings_bounds_the_mean_penalty():
     """Its quadratic touches the mean of the penalties at U and lies above it elsewhere, Hermitian."""
     u, prior, epsilon = _random(22), BlockLowRank(2.0, BLOCK), 1e-5

@@ -116,19 +116,26 @@ class BlockLowRank:
     def mean_reweighting(
         self, u: Tensor, epsilon: float, tilings: int, generator: torch.Generator | None
     ) -> BlockPrecision:
-        """The mean of ``reweighting`` over tilings that are shifted at random.
+        """The mean of ``reweighting`` over tilings that are shifted at random, no two alike.
 
         Args:
             u: U (x, k, z, y).
             epsilon: as for ``reweighting``.
-            tilings: how many, one at least.
+            tilings: how many, one at least; there are no more than voxels in a block.
             generator: the source of chance; None: one tiling that is not shifted.
         """
         if generator is None:
             return self.reweighting(u, epsilon)
-        return BlockPrecision.mean(
-            [self.reweighting(u, epsilon, self.random_shift(u.shape, generator)) for _ in range(tilings)]
-        )
+        shifts = self._different_shifts(u.shape, tilings, generator)
+        return BlockPrecision.mean([self.reweighting(u, epsilon, shift) for shift in shifts])
+
+    def _different_shifts(
+        self, shape: torch.Size, wanted: int, generator: torch.Generator
+    ) -> list[tuple[int, int, int]]:
+        """Shifts as ``random_shift`` draws them, without one that came before."""
+        x, z, y = (edge if edge < shape[axis] else 1 for edge, axis in zip(self.block, _AXES, strict=True))
+        drawn = torch.randperm(x * z * y, generator=generator, device=generator.device)[:wanted].tolist()
+        return [(number // (z * y), number // y % z, number % y) for number in drawn]
 
     def _edges(self, shape: torch.Size) -> tuple[int, ...]:
         """Voxels (x, z, y) of a whole block."""

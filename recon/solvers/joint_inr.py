@@ -8,10 +8,10 @@ stay mixed near the centre of k-space, which biases the maps by up to a quarter.
 
 After that, ``rounds`` may draw the images towards the network's as well as towards the data,
 
-    minimise over U:   1/2 ||s - A U||^2 + attraction Q(U - f) + R(U),
+    minimise over U:   1/2 ||s - A U||^2 + attraction Q(U - f) + field_share Q(U) + R(U) + P(U),
 
-f the network's images, Q the Gaussian prior of the linear estimate, which had 0 in the place of f, and R that
-of locally low rank (``llr.py``), and fit the network anew. METHODS 4.
+f the network's images, Q the Gaussian prior of the linear estimate, R that of locally low rank (``llr.py``)
+and P the squared distance from the nearest fingerprints, and fit the network anew. METHODS 4.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from quantitron.recon.solvers.nearest_fingerprint import NearestFingerprint
 from quantitron.recon.solvers.solver import Progress
 from quantitron.recon.solvers.svdmrf import DensityCompensated
 
-_BLOCK = 3
-"""Edge [voxels] of the blocks of low rank; this and the next three as ``llr`` has them."""
-_SMOOTHING = 0.3
-"""Singular values below this share of the noise's cost their square."""
-_TILINGS = 4
-"""Tilings by blocks that share the penalty."""
+_BLOCK = 2
+"""Edge [voxels] of the blocks of low rank; fingerprints hold together what blocks of 3 do in ``llr``."""
+_SMOOTHING = 0.1
+"""Singular values below this share of the noise's cost their square; as in ``llr``."""
+_TILINGS = 9
+"""Tilings by blocks that share the penalty; as in ``llr``."""
 _CONSISTENT_FROM = 3
 """Reweightings before fingerprints pull: by then most of them are right."""
 _STEPS = 5
@@ -95,8 +95,10 @@ class JointINR(DensityCompensated, FingerprintSolver):
     rounds: int = field(default=1, metadata={"minimum": 0})
     """With ``start: cg``: times that the images are drawn towards the network's and the data; 0, as
     published: the network's images are the result."""
-    attraction: float = field(default=0.3, metadata={"above": 0})
+    attraction: float = field(default=0.1, metadata={"minimum": 0})
     """How much the network's images are worth in that, in units of the linear estimate's prior."""
+    field_share: float = field(default=0.3, metadata={"minimum": 0})
+    """Share of the linear estimate's prior that is kept in that, as ``llr``'s."""
     low_rank: float = field(default=0.6, metadata={"minimum": 0})
     """Weight of locally low rank in that, as ``llr``'s."""
     reweightings: int = field(default=8, metadata={"minimum": 1})
@@ -172,13 +174,13 @@ class JointINR(DensityCompensated, FingerprintSolver):
         self, estimate: FingerprintEstimate, network: Tensor, u: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Images between data and network, from u on; blocks take their covariance from the last ones."""
-        operator, prior, share = estimate.operator, estimate.prior, self.attraction
+        operator, prior, share = estimate.operator, estimate.prior, self.attraction + self.field_share
         voxels = prod(min(_BLOCK, n) for n in (u.shape[0], *u.shape[2:]))
         threshold = estimate.noise_threshold(u.shape[1], voxels)
         penalty = BlockLowRank(self.low_rank * threshold, (_BLOCK,) * 3)
         curvature = operator.mean_diagonal()[:, None, None]
         fixed = curvature + 0.3 * share * prior.diagonal()
-        attracted = estimate.data + share * prior.precision(network)
+        attracted = estimate.data + self.attraction * prior.precision(network)
         nearest = NearestFingerprint(estimate, self.match_groups) if self.consistency else None
         for number in range(self.reweightings):
             blocks = penalty.mean_reweighting(u, _SMOOTHING * estimate.image_noise, _TILINGS, generator)

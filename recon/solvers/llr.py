@@ -53,7 +53,8 @@ class LowRankBlocks(CoefficientSolver):
     random_shifts: bool = True
     """Whether the blocks move from round to round."""
     tilings: int = field(default=4, metadata={"minimum": 1})
-    """Tilings by blocks, each shifted at random, that share the penalty of a round; ``reweighted`` only.
+    """Tilings by blocks that share the penalty of a round, each shifted at random and no two alike;
+    ``reweighted`` only.
 
     Several leave no trace of the blocks' borders, and conjugate gradients take fewer steps."""
     algorithm: str = field(default="reweighted", metadata={"choices": ("reweighted", "fista")})
