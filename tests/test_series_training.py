@@ -413,6 +413,7 @@ def test_arnet_is_trained_and_used(phantom, tmp_path):
         float(line.split(",")[1]) for line in weights.with_suffix(".loss.csv").read_text().splitlines()[1:]
     ]
     assert losses[-1] < 0.9 * losses[0]  # 0.79
+    assert weights.with_suffix(".loss.png").read_bytes().startswith(b"\x89PNG")
     assert card["validation"]["score"] > 0.5  # dB on the slice that was held out
     assert "artifact_removal" in weights.with_suffix(".md").read_text()
     description = read_network(weights, "artifact_removal").description
@@ -457,6 +458,7 @@ def test_a_denoiser_of_series_is_trained(phantom, tmp_path):
         float(line.split(",")[1]) for line in weights.with_suffix(".loss.csv").read_text().splitlines()[1:]
     ]
     assert losses[-1] < 0.8 * losses[0]  # 0.6
+    assert weights.with_suffix(".loss.png").read_bytes().startswith(b"\x89PNG")
     description = read_network(weights, "series_denoiser").description
     assert description.noise_levels[0] == 0.002
     assert len(description.noise_levels) == 12
