@@ -114,7 +114,7 @@ def test_series_are_the_fingerprints_of_the_maps(scan):
 def test_cases():
     assert pnp.shape_of("slice") == ("slice", 48)
     assert pnp.shape_of("slab/6") == ("slab", 6)
-    for wrong in ("cube", "slice/0", "slice/49", "slab/six", "slice/-1"):
+    for wrong in ("cube", "slice/0", "slice/49", "slab/9", "slab/six", "slice/-1"):
         with pytest.raises(SystemExit, match=r"there is no case"):
             pnp.shape_of(wrong)
     arguments = argparse.Namespace(
@@ -137,6 +137,19 @@ def test_cases():
     arguments.slab = "48,48"
     with pytest.raises(SystemExit, match="slab/6 cannot have a matrix of"):
         list(pnp.cases(arguments))
+
+
+def test_unknowns_per_sample():
+    """As many samples of a coil as coefficients is 1; trains add samples, interleaves left out take none."""
+
+    def of(name, matrix):
+        return pnp.Case(name, 8, "shuffled", 0.0, 1, "jiang", 500, matrix).unknowns_per_sample
+
+    slab = of("slab/1", (128, 128, 24))
+    assert 8 < slab < 10
+    assert slab / of("slab/4", (128, 128, 24)) == pytest.approx(4)
+    assert slab / of("slab/1", (128, 128, 12)) == pytest.approx(2)
+    assert of("slice/6", (192, 192, 1)) == of("slice", (192, 192, 1)) < 1
 
 
 def test_an_undersampled_slice_with_several_coils_comes_with_its_calibration(monkeypatch, tmp_path):
