@@ -3,6 +3,7 @@
     python benchmarks/pnp.py accuracy delics_vol03.npz [--cases slice/6 slice slab/1] [--coils 8,1]
     python benchmarks/pnp.py ablation delics_vol03.npz --cases slice/6 [--only modalities,denoiser]
     python benchmarks/pnp.py parts delics_vol03.npz --cases slice/6
+    python benchmarks/pnp.py floor delics_vol03.npz --cases slice slab
 
 The object has to be one that no network was trained on: delics_vol03. It is twice finer than the scan, whose
 k-space is cut as a scanner does; SNR 10, 500 time points. The cases:
@@ -29,6 +30,8 @@ of the network; start, prior and weights as published.
 parts: one reconstruction by mri2qmap (or what --base names) in this process: seconds and peak memory, of the
 GPU where there is one, of each step.
 
+floor: MAPE of the maps of a scan without noise, with all of k-space that the spirals reach: resolution alone.
+
 With --folder, raw files stay there and are used again.
 """
 
@@ -46,6 +49,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fingerprint_floor import floor
 from map_judgement import ROLES, judge
 from measured_replay import measured_replay
 from mrf import objects, say, settings_of
@@ -69,6 +73,7 @@ INTERLEAVES, DENSE_TRAINS, SNR = 48, 8, 10.0
 COMPONENTS = 5
 """Coefficient images of a fingerprint."""
 SLICE_FIELD, SLAB_FIELD = (220.0, 220.0, 5.0), (220.0, 220.0, 30.0)
+SLAB_SUPERSAMPLING = (2, 2, 1)
 MODALITIES = SpinEchoProtocol().modalities
 CASE_HEAD = ["object", "case", "coils", "order", "height", "seed"]
 HEAD = [
@@ -119,7 +124,7 @@ class Case:
         kind, count = shape_of(self.name)
         if kind == "slab":
             scan: dict[str, Any] = {"fov": SLAB_FIELD, "volume": "tilted"}
-            scan |= {"trains": count, "supersampling": (2, 2, 1)}
+            scan |= {"trains": count, "supersampling": SLAB_SUPERSAMPLING}
         else:
             undersampled = count < INTERLEAVES
             scan = {"fov": SLICE_FIELD, "height": self.height, "acquired": count}
@@ -365,11 +370,39 @@ def parts(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     return table.rows
 
 
+def floors(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """A row for each kind, size and place of the cases, whatever their undersampling and coils."""
+    table = Table(arguments.json, ["object", "kind", "matrix", "height", "T1", "T2", "T1+T2"])
+    for name, anatomy in objects(arguments.sources, folder):
+        told = set()
+        for case in cases(arguments):
+            kind = shape_of(case.name)[0]
+            place = (name, kind, "x".join(map(str, case.matrix)), f"{case.height:g}")
+            if place in told:
+                continue
+            told.add(place)
+            protocol = make_schedule(case.schedule, case.points, seed=case.seed)
+            found = floor(
+                anatomy,
+                protocol,
+                cached_dictionary(protocol),
+                case.matrix,
+                SLAB_FIELD if kind == "slab" else SLICE_FIELD,
+                SLAB_SUPERSAMPLING if kind == "slab" else (2, 2, 2),
+                case.height,
+                case.seed,
+            )
+            errors = [100 * found[role] for role in ROLES]
+            cells = [f"{error:.2f}" for error in (*errors, sum(errors))]
+            table.add([*place, *cells], {"case": place, "floor": found})
+    return table.rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("accuracy", "ablation", "parts"))
+    parser.add_argument("what", choices=("accuracy", "ablation", "parts", "floor"))
     parser.add_argument("sources", type=Path, nargs="+", help="delics_volXX.npz, or mni")
     parser.add_argument("--cases", nargs="+", default=["slice/6", "slice", "slab/1"])
     parser.add_argument("--coils", default="8,1")
@@ -399,6 +432,9 @@ def main() -> None:
             cached_dictionary(make_schedule(arguments.schedule, arguments.points, seed=seed))
         if arguments.what == "parts":
             parts(arguments, folder)
+            return
+        if arguments.what == "floor":
+            floors(arguments, folder)
             return
         if arguments.what == "ablation":
             pipelines = ablations(arguments)
