@@ -56,7 +56,7 @@ class PlugAndPlay(FingerprintSolver):
     """``network`` is trained on coefficient images; ``tv`` and ``bm4d`` need no training."""
     weights: str = ""
     """File with the weights of the network, from ``quantitron train-series-denoiser``."""
-    rounds: int = field(default=10, metadata={"minimum": 1})
+    rounds: int = field(default=20, metadata={"minimum": 1})
     """Rounds of the splitting."""
     iterations: int = field(default=10, metadata={"minimum": 1})
     """Conjugate gradient steps in each of them."""
@@ -69,7 +69,7 @@ class PlugAndPlay(FingerprintSolver):
     """Trust in what is restored: penalty = this x noise variance / (level x intensity)^2."""
     fingerprints: bool = True
     """Whether the fingerprints nearest to the denoised images take their place; as published: no."""
-    field_share: float = field(default=1.0, metadata={"minimum": 0})
+    field_share: float = field(default=0.3, metadata={"minimum": 0})
     """Share of the linear estimate's prior that is kept; 0, as published: none."""
 
     def __post_init__(self) -> None:
