@@ -290,7 +290,12 @@ def test_without_noise_to_find_fingerprints_alone_are_left(noisy):
     level, rounds = 0.05, 4
     problem = replace(noisy.problem, network=network_of(noisy, "series_denoiser"))
     solver = PlugAndPlay(
-        denoiser="network", rounds=rounds, first_level=level, last_level=level, fingerprints=True
+        denoiser="network",
+        rounds=rounds,
+        first_level=level,
+        last_level=level,
+        fingerprints=True,
+        field_share=1.0,
     )
     estimate = solver.linear_estimate(problem, quiet)
     axes = estimate.basis.mixing[0].mH @ tissue_axes(problem.basis, problem.dictionary, 5).axes.to(
