@@ -2,7 +2,7 @@
 
     P = D^-1/2 F^H E^-1 F D^-1/2
 
-Spirals visit the centre of k-space a hundred times as often as its edge, which no factor for each voxel can
+Spirals visit the centre of k-space far more often than its edge, which no factor for each voxel can
 make good: conjugate gradients with one settle edges last, and images stay blurred. E_k(q) is what the data
 term and the penalties do to a wave of frequency q in component k. D_k(r), relative to that, is how much more
 the penalties weigh at voxel r than they do in the object.
