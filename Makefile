@@ -30,7 +30,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	mkdir -p build/types
 	ln -sfn "$(CURDIR)" build/types/quantitron
-	cd build && MYPYPATH=types ../$(BIN)/mypy --config-file ../pyproject.toml -p quantitron.recon -p quantitron.gadgets
+	cd build && MYPYPATH=types ../$(BIN)/mypy --config-file ../pyproject.toml -p quantitron.recon -p quantitron.gadgets -p quantitron.training
 
 # Lint docker/, build the images with whatever engine there is, and try them; docker/image.sh says what can be set.
 image:

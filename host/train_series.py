@@ -13,8 +13,10 @@ from rich.console import Console
 
 from quantitron.gadgets.errors import ScanError
 from quantitron.host.train import TrainingLine
+from quantitron.reports.loss_figure import draw_losses
 from quantitron.training.artifact_scan import ScanPlan
 from quantitron.training.loop import LoopSettings
+from quantitron.training.output_files import FIGURE, LOSSES
 from quantitron.training.series_batches import SeriesPatches
 from quantitron.training.series_pairs import PairPlan
 from quantitron.training.series_training import (
@@ -89,11 +91,13 @@ def run_series_training(
 
     with line.progress:
         try:
-            return TRAININGS[kind](phantoms, output, training, device, resume, overwrite, line, simulated)
+            card = TRAININGS[kind](phantoms, output, training, device, resume, overwrite, line, simulated)
         except ValueError as error:
             if isinstance(error, ScanError):
                 raise
             raise ScanError(str(error)) from error
+    draw_losses(output.with_suffix(LOSSES), output.with_suffix(FIGURE))
+    return card
 
 
 def _warm_up(steps: int) -> int:

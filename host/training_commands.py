@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -111,49 +115,83 @@ def train_denoiser(
         overwrite=overwrite,
         shown=logger.isEnabledFor(logging.INFO),
     )
-    if as_json:
-        typer.echo(json.dumps({"output": str(output), **card}))
-        return
-    gain = card["validation"]["score"]
-    typer.echo(
-        f"{output}: {card['weights']} weights, {card['steps']} steps, {card['minutes']} min, {gain:+.2f} dB"
+    _say(card, output, as_json)
+
+
+@dataclass(frozen=True)
+class SeriesOptions:
+    """What both trainings of networks for coefficient images ask."""
+
+    phantoms: Annotated[list[str], typer.Argument(metavar="PHANTOM...", help="mni, or a FILE.npz; several.")]
+    output: Annotated[Path, typer.Option("-o", "--output", help="Weights to write (.safetensors).")]
+    schedule: Annotated[str, typer.Option(help="jiang, tgas or a FILE.csv: the network is for it alone.")] = (
+        "jiang"
     )
+    points: Annotated[int | None, typer.Option(min=1, help="Time points.  [default: the schedule's]")] = None
+    schedule_seed: Annotated[int, typer.Option(help="Of jiang: what simulate had as --seed.")] = 0
+    matrix: Annotated[str, typer.Option(help="x,y voxels of a slice.")] = "192,192"
+    fov: Annotated[str, typer.Option(help="x,y and thickness in mm.")] = "220,220,5"
+    coils: Annotated[int, typer.Option(min=1, help="Receive channels.")] = 8
+    slices: Annotated[int, typer.Option(min=1, help="Slices of each phantom.")] = 8
+    extent: Annotated[float, typer.Option(min=0.0, help="mm along z over which they are spread.")] = 24.0
+    components: Annotated[int, typer.Option(min=1, help="Coefficient images.")] = 5
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="In all.  [default: 10000, or as fit --minutes]")
+    ] = None
+    minutes: Annotated[float | None, typer.Option(min=0.0, help="Minutes in all.")] = None
+    channels: Annotated[str, typer.Option(help="Features of each resolution level.")] = "32,64,96"
+    patch: Annotated[str, typer.Option(help="y,x voxels of a patch.")] = "96,96"
+    batch: Annotated[int, typer.Option(min=1, help="Patches of a step.")] = 12
+    rate: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 1e-3
+    held_out: Annotated[float, typer.Option(help="Share of the slices that validates.")] = 0.1
+    validate_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 500
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0
+    resume: Annotated[
+        Path | None, typer.Option(metavar="CHECKPOINT", help="Folder of the checkpoint to go on from.")
+    ] = None
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: all]")] = None
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto"
+    note: Annotated[str, typer.Option(help="For the card, such as the licence of the data.")] = ""
+    overwrite: Overwrite = False
+    as_json: Json = False
 
 
-Phantoms = Annotated[list[str], typer.Argument(metavar="PHANTOM...", help="mni, or a FILE.npz; several.")]
-Weights = Annotated[Path, typer.Option("-o", "--output", help="Weights to write (.safetensors).")]
-Schedule = Annotated[str, typer.Option(help="jiang, tgas or a FILE.csv: the network is for it alone.")]
-SchedulePoints = Annotated[int | None, typer.Option(min=1, help="Time points.  [default: the schedule's]")]
-ScheduleSeed = Annotated[int, typer.Option(help="Of jiang: what simulate had as --seed.")]
-SliceMatrix = Annotated[str, typer.Option(help="x,y voxels of a slice.")]
-SliceFov = Annotated[str, typer.Option(help="x,y and thickness in mm.")]
-Slices = Annotated[int, typer.Option(min=1, help="Slices of each phantom.")]
-Extent = Annotated[float, typer.Option(min=0.0, help="mm along z over which they are spread.")]
-Components = Annotated[int, typer.Option(min=1, help="Coefficient images.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="In all.  [default: 10000, or as fit --minutes]")]
-Minutes = Annotated[float | None, typer.Option(min=0.0, help="Minutes in all.")]
-Channels = Annotated[str, typer.Option(help="Features of each resolution level.")]
-Patch = Annotated[str, typer.Option(help="y,x voxels of a patch.")]
-BatchSize = Annotated[int, typer.Option("--batch", min=1, help="Patches of a step.")]
-Rate = Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")]
-HeldOut = Annotated[float, typer.Option(help="Share of the slices that validates.")]
-ValidateEvery = Annotated[int, typer.Option(min=1, help="Steps between validations.")]
-Resume = Annotated[
-    Path | None, typer.Option(metavar="CHECKPOINT", help="Folder of the checkpoint to go on from.")
-]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: all]")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-Note = Annotated[str, typer.Option(help="For the card, such as the licence of the data.")]
-Coils = Annotated[int, typer.Option(min=1, help="Receive channels.")]
-Seed = Annotated[int, typer.Option(help="Of everything random.")]
+def _series_command(**defaults: object) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command of ``SeriesOptions`` and of the options of a function that takes those as its first argument.
+
+    Args:
+        defaults: those that are this command's own.
+    """
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(SeriesOptions, include_extras=True)
+        shared = {
+            part.name: Parameter(
+                part.name,
+                Parameter.KEYWORD_ONLY,
+                default=Parameter.empty if part.default is MISSING else defaults.get(part.name, part.default),
+                annotation=hints[part.name],
+            )
+            for part in fields(SeriesOptions)
+        }
+        own = list(signature(command, eval_str=True).parameters.values())[1:]
+
+        @wraps(command)
+        def run(**values: Any) -> None:
+            options = SeriesOptions(**{name: values.pop(name) for name in shared})
+            command(options, **values)
+
+        every = [*shared.values(), *(part.replace(kind=Parameter.KEYWORD_ONLY) for part in own)]
+        run.__signature__ = Signature(every)  # type: ignore[attr-defined]
+        run.__annotations__ = {part.name: part.annotation for part in every}
+        return run
+
+    return decorated
 
 
+@_series_command()
 def train_arnet(
-    phantoms: Phantoms,
-    output: Weights,
-    schedule: Schedule = "jiang",
-    points: SchedulePoints = None,
-    schedule_seed: ScheduleSeed = 0,
+    options: SeriesOptions,
     interleaves: Annotated[int, typer.Option(min=1, help="Spirals that fill k-space.")] = 48,
     acquired: Annotated[
         str | None, typer.Option(help="How many are played, several with commas between.  [default: all]")
@@ -162,142 +200,90 @@ def train_arnet(
     calibration: Annotated[
         bool, typer.Option("--calibration", help="All spirals at low resolution beforehand, for coil maps.")
     ] = False,
-    matrix: SliceMatrix = "192,192",
-    fov: SliceFov = "220,220,5",
-    coils: Coils = 8,
     snr: Annotated[float, typer.Option(min=0.0, help="As of simulate; 0 is noise-free.")] = 10.0,
-    slices: Slices = 8,
-    extent: Extent = 24.0,
-    components: Components = 5,
-    steps: Steps = None,
-    minutes: Minutes = None,
-    channels: Channels = "32,64,96",
-    patch: Patch = "96,96",
-    batch: BatchSize = 12,
-    rate: Rate = 1e-3,
-    held_out: HeldOut = 0.1,
-    validate_every: ValidateEvery = 500,
-    seed: Seed = 0,
-    resume: Resume = None,
-    threads: Threads = None,
-    device: Device = "auto",
-    note: Note = "",
-    overwrite: Overwrite = False,
-    as_json: Json = False,
 ) -> None:
     """Train the network of arnet: simulates pairs of undersampled and perfect images of one protocol."""
     played = numbers(acquired, int, None, "--acquired") or (None,)
-    _train_series(
-        "artifact_removal",
-        phantoms,
-        output,
-        {
-            "schedule": schedule,
-            "points": points,
-            "schedule_seed": schedule_seed,
-            "interleaves": interleaves,
-            "order": order,
-            "calibration": calibration,
-            "matrix": numbers(matrix, int, 2, "--matrix"),
-            "fov": numbers(fov, float, 3, "--fov"),
-            "coils": coils,
-            "snr": snr,
-        },
-        played,
-        {"slices": slices, "extent": extent, "components": components, "seed": seed},
-        {"size": numbers(patch, int, 2, "--patch"), "batch": batch},
-        {"steps": steps, "minutes": minutes, "rate": rate, "validate_every": validate_every, "seed": seed},
-        {"channels": numbers(channels, int, None, "--channels"), "held_out": held_out, "note": note},
-        {"device": device, "threads": threads, "resume": resume, "overwrite": overwrite},
-        as_json,
-    )
+    scan = {"interleaves": interleaves, "order": order, "calibration": calibration, "snr": snr}
+    _train_series("artifact_removal", options, scan, played)
 
 
+@_series_command(slices=24)
 def train_series_denoiser(
-    phantoms: Phantoms,
-    output: Weights,
-    schedule: Schedule = "jiang",
-    points: SchedulePoints = None,
-    schedule_seed: ScheduleSeed = 0,
-    matrix: SliceMatrix = "192,192",
-    fov: SliceFov = "220,220,5",
-    coils: Coils = 8,
-    slices: Slices = 24,
-    extent: Extent = 24.0,
-    components: Components = 5,
+    options: SeriesOptions,
     levels: Annotated[
         str, typer.Option(help="Lowest and highest noise level (1 is the intensity), and how many.")
     ] = "0.002,0.1,12",
-    steps: Steps = None,
-    minutes: Minutes = None,
-    channels: Channels = "32,64,96",
-    patch: Patch = "96,96",
-    batch: BatchSize = 12,
-    rate: Rate = 1e-3,
-    held_out: HeldOut = 0.1,
-    validate_every: ValidateEvery = 500,
-    seed: Seed = 0,
-    resume: Resume = None,
-    threads: Threads = None,
-    device: Device = "auto",
-    note: Note = "",
-    overwrite: Overwrite = False,
-    as_json: Json = False,
 ) -> None:
     """Train the network of mrf_pnp: what the coefficient images of one protocol look like without noise."""
     low, high, count = numbers(levels, float, 3, "--levels") or ()
-    _train_series(
-        "series_denoiser",
-        phantoms,
-        output,
-        {
-            "schedule": schedule,
-            "points": points,
-            "schedule_seed": schedule_seed,
-            "matrix": numbers(matrix, int, 2, "--matrix"),
-            "fov": numbers(fov, float, 3, "--fov"),
-            "coils": coils,
-        },
-        (None,),
-        {"slices": slices, "extent": extent, "components": components, "seed": seed},
-        {"size": numbers(patch, int, 2, "--patch"), "batch": batch},
-        {"steps": steps, "minutes": minutes, "rate": rate, "validate_every": validate_every, "seed": seed},
-        {
-            "channels": numbers(channels, int, None, "--channels"),
-            "held_out": held_out,
-            "levels": (low, high, int(count)),
-            "note": note,
-        },
-        {"device": device, "threads": threads, "resume": resume, "overwrite": overwrite},
-        as_json,
-    )
+    _train_series("series_denoiser", options, levels=(low, high, int(count)))
 
 
 def _train_series(
     kind: str,
-    phantoms: list[str],
-    output: Path,
-    scan: dict[str, Any],
-    acquired: tuple[Any, ...],
-    slices: dict[str, Any],
-    patches: dict[str, Any],
-    loop: dict[str, Any],
-    options: dict[str, Any],
-    run: dict[str, Any],
-    as_json: bool,
+    options: SeriesOptions,
+    scan: Mapping[str, Any] | None = None,
+    acquired: tuple[Any, ...] = (None,),
+    **further: Any,
 ) -> None:
-    """What both commands have in common."""
+    """What both commands have in common.
+
+    Args:
+        kind: of the training.
+        options: that they share.
+        scan: of the scan, beside those.
+        acquired: numbers of interleaves, a scan each.
+        further: of the training, beside those.
+    """
     from quantitron.host.train_series import run_series_training
 
-    steps, minutes = loop.pop("steps"), loop.pop("minutes")
-    loop |= {
-        "steps": steps if steps is not None else (0 if minutes else 10000),
-        "minutes": minutes or 0.0,
-    }
-    shown = logger.isEnabledFor(logging.INFO)
+    steps, minutes, seed = options.steps, options.minutes, options.seed
     card = run_series_training(
-        kind, phantoms, output, scan, acquired, slices, patches, loop, options, shown=shown, **run
+        kind,
+        options.phantoms,
+        options.output,
+        {
+            "schedule": options.schedule,
+            "points": options.points,
+            "schedule_seed": options.schedule_seed,
+            "matrix": numbers(options.matrix, int, 2, "--matrix"),
+            "fov": numbers(options.fov, float, 3, "--fov"),
+            "coils": options.coils,
+            **(scan or {}),
+        },
+        acquired,
+        {
+            "slices": options.slices,
+            "extent": options.extent,
+            "components": options.components,
+            "seed": seed,
+        },
+        {"size": numbers(options.patch, int, 2, "--patch"), "batch": options.batch},
+        {
+            "steps": steps if steps is not None else (0 if minutes else 10000),
+            "minutes": minutes or 0.0,
+            "rate": options.rate,
+            "validate_every": options.validate_every,
+            "seed": seed,
+        },
+        {
+            "channels": numbers(options.channels, int, None, "--channels"),
+            "held_out": options.held_out,
+            "note": options.note,
+            **further,
+        },
+        device=options.device,
+        threads=options.threads,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        shown=logger.isEnabledFor(logging.INFO),
     )
+    _say(card, options.output, options.as_json)
+
+
+def _say(card: Mapping[str, Any], output: Path, as_json: bool) -> None:
+    """What came of a training."""
     if as_json:
         typer.echo(json.dumps({"output": str(output), **card}))
         return

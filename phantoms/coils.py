@@ -64,7 +64,8 @@ def coil_sensitivities(places: Places, coils: int, field_of_view: float) -> NDAr
         maps[coil].real = (3 * along * dx - square * axis[0] + 2 * axis[0]) * strength
         maps[coil].imag = -(3 * along * dy - square * axis[1] + 2 * axis[1]) * strength
     root = np.sqrt(np.sum(maps.real**2 + maps.imag**2, axis=0))
-    return maps / root
+    normalised: NDArray[np.complex64] = maps / root
+    return normalised
 
 
 def noise_covariance(
@@ -94,4 +95,5 @@ def noise_covariance(
     matrix = (1 - correlation) * np.eye(coils) + correlation * kernel * np.outer(phase, phase.conj())
     deviation = np.sqrt(1 + spread * rng.uniform(-1, 1, coils))
     matrix = matrix * np.outer(deviation, deviation)
-    return matrix * (coils / np.trace(matrix).real)
+    covariance: NDArray[np.complex128] = matrix * (coils / np.trace(matrix).real)
+    return covariance

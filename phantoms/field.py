@@ -26,7 +26,9 @@ def _low_order(places: Places, a: FloatArray) -> FloatArray:
     z, y, x = (place / FIELD_UNIT for place in places)
     first = a[0] * x + a[1] * y + a[2] * z
     second = a[3] * x * y + a[4] * y * z + a[5] * x * z + a[6] * (x * x - y * y) / 2
-    return first + second + a[7] * (2 * z * z - x * x - y * y) / 4
+    third = a[7] * (2 * z * z - x * x - y * y) / 4
+    total: FloatArray = first + second + third
+    return total
 
 
 def off_resonance(places: Places, amplitude: float, rng: np.random.Generator) -> FloatArray:
@@ -60,7 +62,8 @@ def off_resonance(places: Places, amplitude: float, rng: np.random.Generator) ->
     head = ((z / 0.04) ** 2 + (y / 0.095) ** 2 + (x / 0.075) ** 2) <= 1
     reference = field(z[head], y[head], x[head])
     middle = (reference.max() + reference.min()) / 2
-    return (field(*places) - middle) * (amplitude / np.abs(reference - middle).max())
+    scaled: FloatArray = (field(*places) - middle) * (amplitude / np.abs(reference - middle).max())
+    return scaled
 
 
 def receive_phase(places: Places, amplitude: float, rng: np.random.Generator) -> FloatArray:
@@ -81,7 +84,8 @@ def transmit_field(places: Places, amplitude: float, rng: np.random.Generator) -
     tilt = rng.uniform(-0.15, 0.15, 3)
     radius = x * x + y * y + 0.5 * z * z
     profile = 1.5 / (1 + 2.2 * radius) - 1 + tilt[0] * x + tilt[1] * y + tilt[2] * z
-    return 1 + amplitude * np.clip(profile, -1, 1)
+    factor: FloatArray = 1 + amplitude * np.clip(profile, -1, 1)
+    return factor
 
 
 def dipole_field(
@@ -110,4 +114,5 @@ def dipole_field(
     spectrum = scipy.fft.rfftn(chi.astype(np.float32), padded)
     field = scipy.fft.irfftn(spectrum * kernel.astype(np.float32), padded)
     nz, ny, nx = chi.shape
-    return (GYROMAGNETIC_RATIO * field_strength * field[:nz, :ny, :nx]).astype(np.float32)
+    shift: NDArray[np.float32] = GYROMAGNETIC_RATIO * field_strength * field[:nz, :ny, :nx]
+    return shift.astype(np.float32)

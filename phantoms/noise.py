@@ -21,16 +21,17 @@ class ChannelNoise:
 
     def __init__(self, covariance: NDArray[np.complex128], seed: int) -> None:
         self.coils = len(covariance)
-        self.factor = np.zeros_like(covariance)
+        self.factor: NDArray[np.complexfloating] = np.zeros_like(covariance)
         if covariance.any():
             self.factor = np.linalg.cholesky(covariance)
         self.random = np.random.default_rng([seed, 4])
 
     def draw(self, lines: int, points: int) -> NDArray[np.complex64]:
         """(lines, c, points) with E[n n^H] = covariance."""
-        white = self.random.standard_normal((lines, self.coils, points, 2), dtype=np.float32)
-        white = white.view(np.complex64)[..., 0] * np.float32(math.sqrt(0.5))
-        return np.matmul(self.factor.astype(np.complex64), white)
+        parts = self.random.standard_normal((lines, self.coils, points, 2), dtype=np.float32)
+        white = parts.view(np.complex64)[..., 0] * np.float32(math.sqrt(0.5))
+        correlated: NDArray[np.complex64] = np.matmul(self.factor.astype(np.complex64), white)
+        return correlated
 
 
 def noise_headers(count: int, points: int, dwell_time: float) -> NDArray[np.void]:

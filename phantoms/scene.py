@@ -73,7 +73,8 @@ class Scene:
 
     def block_mean(self, values: NDArray[Any]) -> NDArray[Any]:
         """Mean over the fine voxels of each scan voxel: fine (z, y, x) to scan (z, y, x)."""
-        return self.blocks(values).mean(axis=(1, 3, 5))
+        mean: NDArray[Any] = self.blocks(values).mean(axis=(1, 3, 5))
+        return mean
 
     def blocks(self, values: NDArray[Any]) -> NDArray[Any]:
         """Fine (z, y, x) as (z, qz, y, qy, x, qx): the fine voxels of each scan voxel."""
@@ -198,6 +199,7 @@ def make_scene(
                     pd=local, voxel_size=anatomy.voxel_size, mask=anatomy.mask, labels=anatomy.labels
                 )
                 b0 = b0 + inside(whole.on_grid(shape, voxel, centre, (height, 0.0, 0.0)).pd)
+        assert fine.t2star is not None  # ``required_maps``, above
         parameters = {"t2star": tensor(inside(fine.t2star)), "b0": tensor(b0)}
     for name in CONTRAST_PARAMETERS[protocol.sequence]:
         parameters[name] = (

@@ -123,8 +123,9 @@ def jiang(points: int, seed: int = 0) -> tuple[NDArray[np.float64], NDArray[np.f
     low, high = JIANG_TR
     wander = smooth_noise(points, 100.0, [seed, 11]) + 0.3 * smooth_noise(points, 40.0, [seed, 12])
     repetition = (low + high) / 2 + (high - low) / 2 * np.tanh(3.5 * wander)
+    limited: NDArray[np.float64] = np.clip(repetition, low, high)
     # To 10 us, the raster of scanners.
-    return np.radians(np.clip(flip, 0, max(PEAKS))), np.round(np.clip(repetition, low, high), 5)
+    return np.radians(np.clip(flip, 0, max(PEAKS))), limited.round(5)
 
 
 def tgas(points: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

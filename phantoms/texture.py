@@ -32,4 +32,5 @@ def smooth_texture(shape: tuple[int, ...], scale: float, seed: int, waves: int =
         ]
         total += (factors[0][:, None, None] * (factors[1][:, None] * factors[2][None, :])[None]).real
     # Twelve unit waves have rms sqrt(6); two sigma is mapped to 0.7 and the rare peaks are limited.
-    return np.clip(total * np.float32(0.35 / np.sqrt(waves / 2)), -1, 1)
+    limited: NDArray[np.float32] = np.clip(total * np.float32(0.35 / np.sqrt(waves / 2)), -1, 1)
+    return limited

@@ -82,7 +82,8 @@ def _whitened_sensitivity(scene: Scene, covariance: NDArray[np.complex128] | Non
     if covariance is None or not covariance.any():
         return torch.ones(len(scene.pd))
     whitening = torch.from_numpy(np.linalg.inv(np.linalg.cholesky(covariance)).astype(np.complex64))
-    return torch.linalg.vector_norm(whitening @ scene.coils, dim=0)
+    root: Tensor = torch.linalg.vector_norm(whitening @ scene.coils, dim=0)
+    return root
 
 
 def _full_spheres(scene: Scene) -> NDArray[np.float32]:

@@ -22,6 +22,7 @@ from quantitron.recon.signal.fisp_mrf import contrast_signal
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import pnp
+from fingerprint_floor import floor
 from map_judgement import fingerprints, judge
 from measured_replay import measured_replay
 from part_costs import part_costs, peak_memory
@@ -114,7 +115,7 @@ def test_series_are_the_fingerprints_of_the_maps(scan):
 def test_cases():
     assert pnp.shape_of("slice") == ("slice", 48)
     assert pnp.shape_of("slab/6") == ("slab", 6)
-    for wrong in ("cube", "slice/0", "slice/49", "slab/six", "slice/-1"):
+    for wrong in ("cube", "slice/0", "slice/49", "slab/9", "slab/six", "slice/-1"):
         with pytest.raises(SystemExit, match=r"there is no case"):
             pnp.shape_of(wrong)
     arguments = argparse.Namespace(
@@ -137,6 +138,42 @@ def test_cases():
     arguments.slab = "48,48"
     with pytest.raises(SystemExit, match="slab/6 cannot have a matrix of"):
         list(pnp.cases(arguments))
+
+
+def test_unknowns_per_sample():
+    """As many samples of a coil as coefficients is 1; trains add samples, interleaves left out take none."""
+
+    def of(name, matrix):
+        return pnp.Case(name, 8, "shuffled", 0.0, 1, "jiang", 500, matrix).unknowns_per_sample
+
+    slab = of("slab/1", (128, 128, 24))
+    assert 8 < slab < 10
+    assert slab / of("slab/4", (128, 128, 24)) == pytest.approx(4)
+    assert slab / of("slab/1", (128, 128, 12)) == pytest.approx(2)
+    assert of("slice/6", (192, 192, 1)) == of("slice", (192, 192, 1)) < 1
+
+
+def test_borders_between_tissues_are_the_floor(scan, tmp_path):
+    """The ringing of one tissue is one of its density, which leaves T1 and T2 alone."""
+    _, protocol, dictionary = scan
+    y, x = np.meshgrid(*[np.arange(48) - 23.5] * 2, indexing="ij")
+    inside = x**2 + y**2 < 21**2
+    grey = inside & (np.hypot(x - 4, y) < 9)
+    errors = []
+    for t1, t2 in ((0.8, 0.07), (1.4, 0.1)):
+        np.savez(
+            tmp_path / "discs.npz",
+            t1=np.where(grey, t1, 0.8)[None],
+            t2=np.where(grey, t2, 0.07)[None],
+            pd=np.where(inside, 1.0, 0.0)[None],
+            labels=np.where(inside, np.where(grey, 2, 3), 0)[None],
+            voxel_size=np.array([5e-3, 1e-3, 1e-3]),
+        )
+        place = ((24, 24, 1), (48.0, 48.0, 5.0), (2, 2, 1))
+        errors.append(floor(tmp_path / "discs.npz", protocol, dictionary, *place, 0.0, 1))
+    for role in ("T1", "T2"):
+        assert errors[0][role] < 0.005
+        assert 0.01 < errors[1][role] < 0.1
 
 
 def test_an_undersampled_slice_with_several_coils_comes_with_its_calibration(monkeypatch, tmp_path):

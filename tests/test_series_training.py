@@ -36,6 +36,7 @@ from quantitron.recon.priors.series_denoiser import (
 from quantitron.recon.priors.variation_denoiser import VariationDenoiser
 from quantitron.recon.signal.fingerprint_dictionary import fingerprint_dictionary
 from quantitron.recon.solvers.arnet import ArtifactRemoval
+from quantitron.recon.solvers.mrf_admm import FingerprintAdmm
 from quantitron.recon.solvers.mrf_pnp import PlugAndPlay
 from quantitron.recon.solvers.subspace import FingerprintSubspace
 from quantitron.training.artifact_scan import ScanPlan, place_slice, simulate_slice
@@ -232,7 +233,8 @@ def percentage_error(maps: Maps, scan: FingerprintScan, name: str) -> float:
 
 def test_total_variation_plugged_in_beats_the_linear_estimate(noisy):
     linear = solved(FingerprintSubspace(), noisy.problem)
-    maps = solved(PlugAndPlay(denoiser="tv", rounds=5, iterations=6), noisy.problem)
+    solver = PlugAndPlay(denoiser="tv", rounds=5, iterations=6, fingerprints=False)
+    maps = solved(solver, noisy.problem)
     assert percentage_error(maps, noisy, "t1") < 0.85 * percentage_error(linear, noisy, "t1")
     assert percentage_error(maps, noisy, "t2") < 0.95 * percentage_error(linear, noisy, "t2")
     assert maps.residual_to_noise == pytest.approx(1.0, abs=0.03)
@@ -277,10 +279,36 @@ def test_denoisers_of_images_restore_a_series(noisy, denoiser):
 def test_a_network_that_finds_no_noise_leaves_all_to_the_data(noisy):
     """Then each round only brings U nearer to k-space."""
     problem = replace(noisy.problem, network=network_of(noisy, "series_denoiser"))
-    solver = PlugAndPlay(denoiser="network", rounds=3, field_share=0.0)
+    solver = PlugAndPlay(denoiser="network", rounds=3, field_share=0.0, fingerprints=False)
     maps = solved(solver, problem)
     estimate = solver.linear_estimate(problem, quiet)
     assert maps.residual_to_noise < estimate.residual_to_noise(estimate.coefficients)
+
+
+def test_without_noise_to_find_fingerprints_alone_are_left(noisy):
+    """The rounds are then those of ``mrf_admm`` at the same penalty."""
+    level, rounds = 0.05, 4
+    problem = replace(noisy.problem, network=network_of(noisy, "series_denoiser"))
+    solver = PlugAndPlay(
+        denoiser="network",
+        rounds=rounds,
+        first_level=level,
+        last_level=level,
+        fingerprints=True,
+        field_share=1.0,
+    )
+    estimate = solver.linear_estimate(problem, quiet)
+    axes = estimate.basis.mixing[0].mH @ tissue_axes(problem.basis, problem.dictionary, 5).axes.to(
+        estimate.basis.mixing
+    )
+    scale = series_intensity(
+        canonical_series(estimate.coefficients, axes, estimate.voxel_size).images(estimate.coefficients)
+    )
+    curvature = float(estimate.operator.mean_diagonal().mean())
+    alike = FingerprintAdmm(rounds=rounds, penalty=estimate.noise / (level * scale) ** 2 / curvature)
+    found = solver.refine(estimate, 0, quiet)
+    expected = alike.refine(estimate, 0, quiet)
+    assert float((found - expected).norm()) < 0.02 * float((expected - estimate.coefficients).norm())
 
 
 def test_noise_that_a_network_finds_is_taken_off(noisy):
@@ -413,6 +441,7 @@ def test_arnet_is_trained_and_used(phantom, tmp_path):
         float(line.split(",")[1]) for line in weights.with_suffix(".loss.csv").read_text().splitlines()[1:]
     ]
     assert losses[-1] < 0.9 * losses[0]  # 0.79
+    assert weights.with_suffix(".loss.png").read_bytes().startswith(b"\x89PNG")
     assert card["validation"]["score"] > 0.5  # dB on the slice that was held out
     assert "artifact_removal" in weights.with_suffix(".md").read_text()
     description = read_network(weights, "artifact_removal").description
@@ -457,6 +486,7 @@ def test_a_denoiser_of_series_is_trained(phantom, tmp_path):
         float(line.split(",")[1]) for line in weights.with_suffix(".loss.csv").read_text().splitlines()[1:]
     ]
     assert losses[-1] < 0.8 * losses[0]  # 0.6
+    assert weights.with_suffix(".loss.png").read_bytes().startswith(b"\x89PNG")
     description = read_network(weights, "series_denoiser").description
     assert description.noise_levels[0] == 0.002
     assert len(description.noise_levels) == 12

@@ -126,7 +126,7 @@ def write_subjects(
             if file.exists():
                 raise ScanError(f"{file} exists")
             try:
-                nibabel.save(nibabel.Nifti1Image(image.transpose(2, 1, 0), affine), file)
+                nibabel.save(nibabel.Nifti1Image(image.transpose(2, 1, 0), affine), file)  # type: ignore[no-untyped-call]
             except OSError as error:
                 raise ScanError(f"cannot write {file}: {error.strerror or error}") from error
             files.append(file)
@@ -172,4 +172,6 @@ def _block_mean(image: Volume, factor: int) -> Volume:
         return image
     nz, ny, nx = (n // factor for n in image.shape)
     image = image[: nz * factor, : ny * factor, : nx * factor]
-    return image.reshape(nz, factor, ny, factor, nx, factor).mean((1, 3, 5), dtype=np.float32)
+    blocks = image.reshape(nz, factor, ny, factor, nx, factor)
+    mean: Volume = blocks.mean((1, 3, 5), dtype=np.float32)
+    return mean

@@ -217,6 +217,28 @@ class ToeplitzSense(LinearOperator):
         diagonal: Tensor = torch.einsum("rk,rs,sk->k", self._mixing.conj(), centre, self._mixing).real
         return diagonal
 
+    def spectrum(self) -> Tensor:
+        """What A^H A does to a wave of each frequency, coil maps taken as of one coil: (x, k, z, y) real.
+
+        The kernel is tapered with the cosine along each axis, so that what it does far away, which depends on
+        the place in the image, counts little. The mean over the frequencies is ``mean_diagonal``.
+        """
+        total = torch.zeros(self.shape, dtype=self._csm.real.dtype, device=self._csm.device)
+        for coset, columns in zip(self._cosets, self._kernels, strict=True):
+            for number, column in enumerate(columns):  # (i, x, z, y), or (i, x, z, y, 2) if real
+                kernel = column if column.is_complex() else column[..., 0].to(self._dtype)
+                part = torch.einsum("ik,ixzy->xkzy", self._mixing.conj(), kernel)
+                part = (part * self._mixing[number][:, None, None]).real
+                for axis, (odd, doubled) in enumerate(zip(coset, self._doubled, strict=True)):
+                    if doubled and odd:  # those half a step before and after
+                        place = (0, 2, 3)[axis]
+                        part = (part + part.roll(1, place)) / 4
+                    elif doubled:
+                        part = part / 2
+                total += part
+        # The factor of the inverse transform, which ``_keep`` takes along, is taken off.
+        return total * float(math.prod(self._csm[:, 0].shape) << sum(self._doubled))
+
     def forward(self, x: Tensor) -> Tensor:
         """A^H A U: (x, k, z, y) -> (x, k, z, y)."""
         images = torch.einsum("rk,xkzy->rxzy", self._mixing, x.to(self._dtype)).contiguous()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
 from quantitron.recon.coefficient_basis import CoefficientBasis
 from quantitron.recon.data import FingerprintProblem, Problem
+from quantitron.recon.operators.spectral_preconditioner import SpectralPreconditioner
+from quantitron.recon.operators.toeplitz import ToeplitzSense
 from quantitron.recon.priors.finite_difference import FiniteDifference
 from quantitron.recon.priors.gaussian_field import GaussianField
 from quantitron.recon.priors.total_variation import JointTotalVariation
@@ -26,6 +29,8 @@ from quantitron.recon.solvers.solver import Solver
 
 LEAST_TOLERANCE = 1e-4
 """Relative residual below which no more is asked of single precision."""
+LEAST_DENSITY = 1e-3
+"""Of the sampling, over the mean one, below which a preconditioner counts no frequency."""
 EXPECTATION_VOXELS = 10.0
 """Voxels of evidence that the whole object counts for where variances are learnt around each voxel."""
 
@@ -105,15 +110,30 @@ class CoefficientEstimate:
             share: of the prior of the linear estimate that is kept.
         """
         operator, prior = self.operator, self.prior
-        diagonal = operator.mean_diagonal()[:, None, None] + 0.3 * share * prior.diagonal() + penalty
+        penalties = 0.3 * share * prior.diagonal() + penalty
         return conjugate_gradient(
             lambda u: operator(u) + penalty * u + (share * prior.precision(u) if share else 0.0),
             self.data + penalty * target,
             start=start,
-            preconditioner=lambda residual: residual / diagonal,
+            preconditioner=self._preconditioner(penalties),
             iterations=iterations,
             tolerance=LEAST_TOLERANCE,
         )
+
+    def _preconditioner(self, penalties: Tensor) -> Callable[[Tensor], Tensor]:
+        """Of the data term and of penalties whose curvature has the diagonal (x, k, z, y)."""
+        if self.spectrum is not None and bool((penalties > 0).all()):
+            return SpectralPreconditioner(self.spectrum, penalties)
+        diagonal = self.operator.mean_diagonal()[:, None, None] + penalties
+        return lambda residual: residual / diagonal
+
+    @cached_property
+    def spectrum(self) -> Tensor | None:
+        """(x, k, z, y) what the data term does to waves, above zero; None for scans on a Cartesian grid."""
+        if not isinstance(self.operator, ToeplitzSense):
+            return None
+        spectrum = self.operator.spectrum()
+        return spectrum.clamp_min(LEAST_DENSITY * float(spectrum.mean()))
 
     def noise_threshold(self, rows: int, columns: int) -> float:
         """Threshold of singular values, for a penalty beside the data term, that takes pure noise away.

@@ -4,7 +4,9 @@
 
 R is whatever prior the denoiser stands for: in the place of its proximal step the images are denoised. In
 turns: conjugate gradients for U, pulled towards the denoised images; the denoiser, on U plus the multipliers;
-the multipliers. As published, noise level and penalty stay the same; with a first level above the last one
+the multipliers. A network that was trained on perfect images has learnt that they are fingerprints, voxel by
+voxel; with ``fingerprints`` a denoiser that was not is told so: the fingerprints nearest to its images take
+their place. As published, noise level and penalty stay the same; with a first level above the last one
 the level falls from round to round and the penalty rises with its inverse square (Zhang 2021). Q is the
 Gaussian prior of the linear estimate. METHODS 4.
 
@@ -35,6 +37,7 @@ from quantitron.recon.priors.series_denoiser import (
 )
 from quantitron.recon.priors.variation_denoiser import VariationDenoiser
 from quantitron.recon.solvers.fingerprint import FingerprintEstimate, FingerprintSolver
+from quantitron.recon.solvers.nearest_fingerprint import NearestFingerprint
 from quantitron.recon.solvers.solver import Progress
 
 KIND = "series_denoiser"
@@ -53,7 +56,7 @@ class PlugAndPlay(FingerprintSolver):
     """``network`` is trained on coefficient images; ``tv`` and ``bm4d`` need no training."""
     weights: str = ""
     """File with the weights of the network, from ``quantitron train-series-denoiser``."""
-    rounds: int = field(default=10, metadata={"minimum": 1})
+    rounds: int = field(default=20, metadata={"minimum": 1})
     """Rounds of the splitting."""
     iterations: int = field(default=10, metadata={"minimum": 1})
     """Conjugate gradient steps in each of them."""
@@ -64,7 +67,9 @@ class PlugAndPlay(FingerprintSolver):
     """Noise level of the last one; those between are spaced evenly in the logarithm."""
     penalty: float = field(default=1.0, metadata={"above": 0})
     """Trust in what is restored: penalty = this x noise variance / (level x intensity)^2."""
-    field_share: float = field(default=1.0, metadata={"minimum": 0})
+    fingerprints: bool = True
+    """Whether the fingerprints nearest to the denoised images take their place; as published: no."""
+    field_share: float = field(default=0.3, metadata={"minimum": 0})
     """Share of the linear estimate's prior that is kept; 0, as published: none."""
 
     def __post_init__(self) -> None:
@@ -90,6 +95,7 @@ class PlugAndPlay(FingerprintSolver):
     def refine(self, estimate: FingerprintEstimate, seed: int, progress: Progress) -> Tensor:
         """U (x, k, z, y) where k-space and denoiser agree."""
         denoise = self.series_denoiser(estimate)
+        nearest = NearestFingerprint(estimate, self.match_groups) if self.fingerprints else None
         generator = torch.Generator().manual_seed(seed)
         form = canonical_series(estimate.coefficients, self._axes(estimate), estimate.voxel_size)
         scale = series_intensity(form.images(estimate.coefficients))
@@ -107,7 +113,8 @@ class PlugAndPlay(FingerprintSolver):
                 series = form.images(images)
                 # The level is one of noise beside the scan's own intensity, whatever the images' is now.
                 own = level * scale / series_intensity(series)
-                return form.replaced(images, denoise(series, own, generator))
+                clean = form.replaced(images, denoise(series, own, generator))
+                return clean if nearest is None else nearest(clean)
 
             # The multiplier is kept as multiplier / penalty.
             state = replace(state, u=state.u * (state.penalty / penalty), penalty=penalty)
