@@ -226,6 +226,20 @@ def test_without_networks_and_patches_it_is_the_model_based_solver():
     assert _same(found, _solve(LoREIN, replace(problem, seed=9), network_rounds=0, wnnm=0))
 
 
+def test_agreement_takes_t2star_between_the_linear_estimate_and_the_maps():
+    problem, *_ = _scan("t2ir_gre", **TINY)
+    preview, alone = LoREIN(**QUICK).solve(problem, _quiet)
+    between, linear = (_solve(LoREIN, problem, agreement=share, **QUICK) for share in (0.25, 1.0))
+    for name in ("t1", "t2", "b0"):
+        assert torch.equal(between.values[name].nan_to_num(), alone.values[name].nan_to_num()), name
+    inside = alone.mask & (preview.values["t2star"] < 0.5)  # beyond, maps are held within limits
+    expected = alone.values["t2star"] ** 0.75 * preview.values["t2star"] ** 0.25
+    torch.testing.assert_close(between.values["t2star"][inside], expected[inside], rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        linear.values["t2star"][inside], preview.values["t2star"][inside], rtol=1e-4, atol=0
+    )
+
+
 @pytest.mark.parametrize("settings", [QUICK, JOINT], ids=["alternating", "joint"])
 def test_the_seed_decides(settings):
     problem, *_ = _scan("t2ir_gre", **TINY)

@@ -12,7 +12,10 @@ components, which carry the relaxation times, last and least:
 3. PMR: networks are fitted to these maps in the image domain, for a few steps, each voxel weighed by what the
    data say of it; Gauss-Newton steps then draw the maps towards the networks' as well as towards the data,
    the less, the further the two lie apart in units of the noise;
-4. WNNM: the maps' stacks of similar patches are shrunk by weighted singular values.
+4. WNNM: the maps' stacks of similar patches are shrunk by weighted singular values;
+5. ||Phi U - I(theta)||^2: T2* may be the mean, in logarithms, of what theta and U say (``agreement``).
+   Penalties take contrast from T2*, of which few echoes tell, the covariance that U expects takes another
+   part of it, and both err less together; T1 and T2 are better by theta alone.
 """
 
 from __future__ import annotations
@@ -91,6 +94,9 @@ class LoREIN(ModelBased):
     """Edge of the square of positions that are searched for similar patches, odd."""
     similar: int = field(default=16, metadata={"minimum": 2})
     """Patches in a stack."""
+
+    agreement: float = field(default=0.0, metadata={"minimum": 0, "maximum": 1})
+    """Share of the linear estimate in T2*, of ``alternating``; 0: T2* is that of the maps alone."""
 
     epochs: int = field(default=200, metadata={"minimum": 1})
     """Times through the data, of ``joint``, as all that follows."""
@@ -265,7 +271,7 @@ class LoREIN(ModelBased):
         if self.wnnm > 0:
             progress("weighted nuclear norm", 0.95)
             found = self._shrunk(estimate, found)
-        return found, failure
+        return self._agreed(found, start), failure
 
     def _fitted(
         self,
@@ -317,6 +323,15 @@ class LoREIN(ModelBased):
                 share = explained / max(explained, float(distance.median())) if explained > 0 else 0.0
                 strength[:, column] = self.network_weight * share * precision[:, column]
         return Attraction(centre, strength)
+
+    def _agreed(self, found: MapEstimate, start: MapEstimate) -> MapEstimate:
+        """T2* between that of the maps found and that of the linear estimate, which they started from."""
+        if "t2star" not in found.model.names:
+            return found
+        column = found.model.names.index("t2star")
+        theta = found.theta.clone()
+        theta[:, column].lerp_(start.theta[:, column], self.agreement)
+        return replace(found, theta=theta)
 
     def _shrunk(self, estimate: LinearEstimate, found: MapEstimate) -> MapEstimate:
         """Stacks of similar patches of the relaxation times, shrunk by weighted singular values."""
