@@ -46,7 +46,7 @@ from quantitron.phantoms.coils import noise_covariance
 from quantitron.phantoms.scene import FieldSettings, Scene, make_scene
 from quantitron.phantoms.schedules import make_schedule
 from quantitron.phantoms.signal_table import signal_basis, tabulate
-from quantitron.phantoms.simulate import load_anatomy
+from quantitron.phantoms.simulate import Simulation, load_anatomy
 from quantitron.phantoms.simulate_fingerprint import simulate_fingerprint
 from quantitron.phantoms.spiral import SpiralDesign, design_spiral
 from quantitron.recon.data import Encoding, FingerprintProblem, Protocol, TrajectoryKSpace
@@ -100,6 +100,34 @@ def spiral_of(samples: int) -> SpiralDesign:
     return replace(design, dwell_time=design.dwell_time * (usual - 0.5) / (samples - 0.5))
 
 
+def slice_of(
+    anatomy: str | Path,
+    schedule: str,
+    points: int,
+    order: str,
+    snr: float,
+    samples: int,
+    seed: int,
+    raw: Path,
+) -> Simulation:
+    """The standard scan of one slice of an object, into ``raw``."""
+    return simulate_fingerprint(
+        output=raw,
+        phantom=anatomy,
+        schedule=schedule,
+        points=points,
+        interleaves=INTERLEAVES,
+        order=order,
+        matrix=(MATRIX, MATRIX, 1),
+        fov=FIELD,
+        coils=COILS,
+        snr=snr,
+        seed=seed,
+        spiral=spiral_of(samples),
+        overwrite=True,
+    )
+
+
 def accuracy(
     sources: Iterable[Path],
     folder: Path,
@@ -130,21 +158,7 @@ def accuracy(
     for name, anatomy in objects(sources, folder):
         for (schedule, points), snr, samples, seed in conditions:
             for number, order in enumerate(orders):
-                scan = simulate_fingerprint(
-                    output=raw,
-                    phantom=anatomy,
-                    schedule=schedule,
-                    points=points,
-                    interleaves=INTERLEAVES,
-                    order=order,
-                    matrix=(MATRIX, MATRIX, 1),
-                    fov=FIELD,
-                    coils=COILS,
-                    snr=snr,
-                    seed=seed,
-                    spiral=spiral_of(samples),
-                    overwrite=True,
-                )
+                scan = slice_of(anatomy, schedule, points, order, snr, samples, seed, raw)
                 case = (name, schedule, points, f"{snr:g}", samples, seed)
                 if number == 0:  # perfect images know no order
                     protocol = make_schedule(schedule, points, seed=seed)
@@ -267,21 +281,7 @@ def spheres(
     raw, maps = folder / "raw.h5", folder / "maps.h5"
     conditions = itertools.product(wanted, levels, lengths, seeds, orders)
     for (schedule, points), snr, samples, seed, order in conditions:
-        simulate_fingerprint(
-            output=raw,
-            phantom="nist",
-            schedule=schedule,
-            points=points,
-            interleaves=INTERLEAVES,
-            order=order,
-            matrix=(MATRIX, MATRIX, 1),
-            fov=FIELD,
-            coils=COILS,
-            snr=snr,
-            seed=seed,
-            spiral=spiral_of(samples),
-            overwrite=True,
-        )
+        slice_of("nist", schedule, points, order, snr, samples, seed, raw)
         case = (schedule, points, f"{snr:g}", samples, seed, order)
         for pipeline in pipelines:
             method, settings = settings_of(pipeline)

@@ -22,13 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from measured_replay import measured_replay
-from mrf import COILS, FIELD, INTERLEAVES, MATRIX, ROLES, objects, say, scans
+from mrf import ROLES, SAMPLES, objects, say, scans, slice_of
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from quantitron.gadgets.image_file import read_images
 from quantitron.gadgets.map_volume import map_volumes
-from quantitron.phantoms.simulate_fingerprint import simulate_fingerprint
 from quantitron.recon.metrics import mape
 
 REACH, STRIPE, PARTS, EPOCHS, BATCH = 2, 12, 4, 25, 256
@@ -103,19 +102,7 @@ def main() -> None:
         os.environ["QUANTITRON_CACHE"] = os.fspath(folder)
         ((_, anatomy),) = objects([arguments.source], folder)
         raw = folder / "raw.h5"
-        simulate_fingerprint(
-            output=raw,
-            phantom=anatomy,
-            schedule=schedule,
-            points=points,
-            interleaves=INTERLEAVES,
-            order=arguments.order,
-            matrix=(MATRIX, MATRIX, 1),
-            fov=FIELD,
-            coils=COILS,
-            snr=arguments.snr,
-            seed=1,
-        )
+        slice_of(anatomy, schedule, points, arguments.order, arguments.snr, SAMPLES, 1, raw)
         found = []
         for pipeline in ("llr", "subspace"):
             measured_replay(raw, pipeline, folder / "maps.h5", [])
