@@ -164,7 +164,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.what == "summary":
-        summary([row for source in arguments.sources for row in json.loads(source.read_text())])
+        try:
+            summary([row for source in arguments.sources for row in json.loads(source.read_text())])
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"summary takes files that --json wrote: {error}") from error
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
