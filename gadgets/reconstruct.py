@@ -123,11 +123,17 @@ class Reconstruct(Gadget):
         return network
 
     def __call__(self, items: Iterable[SliceProblem], context: Context) -> Iterator[Maps]:
-        """Reconstruct slice by slice; a slice that fails leaves no values and does not stop the others.
+        """Reconstruct slice by slice; one that fails does not stop the others.
+
+        Where there are several, it leaves the values of its preview, or none where there was none, and a
+        sentence says so.
 
         Args:
             items: as many problems as ``context.encoding`` then has slices.
             context: of the scan.
+
+        Raises:
+            ScanError: if no slice has maps; a preview that was sent before stands.
         """
         # The first problem comes when the scan has ended; until then others may have the device. Of the rest
         # each is made when it is its turn: all at once, they would hold the data of the scan a second time.
@@ -142,17 +148,24 @@ class Reconstruct(Gadget):
             while problem is not None:
                 number = len(finished)
                 final: Maps | None = None
+                preview: Maps | None = None
                 problem = replace(problem, device=device, seed=self.seed, network=context.network)
                 try:
                     for maps in self.method.solve(problem, _progress_of(number, slices)):
-                        if maps.preview and slices == 1:
+                        if not maps.preview:
+                            final = maps
+                        elif slices == 1:
                             yield _crop(maps, problem.encoding)
-                        final = maps
+                        else:
+                            preview = maps
                 except (ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
                     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                     if not isinstance(error, ValueError):  # a mistake of this program: say where
                         logger.error("slice %d: %s", number, type(error).__name__, exc_info=error)
-                    if slices > 1:
+                    if final is None and preview is not None:
+                        final = replace(preview, preview=False)
+                        context.fail(f"slice {number} of {slices} holds the maps of its preview: {reason}")
+                    elif slices > 1:
                         context.fail(f"slice {number} of {slices} was not reconstructed: {reason}")
                 finished.append(None if final is None else _crop(final, problem.encoding))
                 problem = None  # before the next one is made

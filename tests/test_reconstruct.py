@@ -18,11 +18,13 @@ from quantitron.recon.solvers import Solver
 
 ENCODING = Encoding((2, 6, 4), (0.02, 0.06, 0.04), (2, 4, 4))
 PROTOCOL = Protocol("megre", (0.004, 0.009), (0.1,), (0.3,))
+LOST = 7.0
+"""Energy of a slice whose solver fails after its preview."""
 
 
 @dataclass(frozen=True)
 class Numbered(Solver):
-    """Yields a preview and maps that hold the slice's seed; fails where the data are negative."""
+    """Yields a preview and maps that hold the slice's energy; fails where that is negative or ``LOST``."""
 
     name: ClassVar[str] = "numbered"
     sequences: ClassVar[tuple[str, ...]] = ("megre",)
@@ -34,6 +36,8 @@ class Numbered(Solver):
         value = torch.full((1, *ENCODING.matrix), problem.reduced.energy)
         maps = Maps({"pd": value}, value > 0, failure=f"only {value.max():.0f}" if value.max() > 100 else "")
         yield replace(maps, preview=True)
+        if problem.reduced.energy == LOST:
+            raise RuntimeError("CUDA out of memory")
         progress("solving", 1.0)
         yield maps
 
@@ -75,6 +79,25 @@ def test_a_failed_slice_leaves_the_others():
     assert not maps.mask[1].any()
     assert maps.values["pd"][2].eq(3).all()
     assert context.failures == ["slice 1 of 3 was not reconstructed: the energy is negative"]
+
+
+def test_a_preview_does_not_pass_for_the_maps():
+    """The solver fails after it: what was sent stands, the scan fails."""
+    stream = Reconstruct.build({"solver": "numbered", "device": "cpu"}, "test")(
+        iter([_problem(LOST)]), _context()
+    )
+    assert next(stream).preview
+    with pytest.raises(ScanError, match="'numbered' gave no maps: CUDA out of memory"):
+        next(stream)
+
+
+def test_the_preview_of_a_failed_slice_is_kept_and_said_to_be_one():
+    context = _context()
+    (maps,) = _run([1.0, LOST, 3.0], context)
+    assert not maps.preview
+    assert maps.values["pd"][1].eq(LOST).all()
+    assert maps.values["pd"][2].eq(3).all()
+    assert context.failures == ["slice 1 of 3 holds the maps of its preview: CUDA out of memory"]
 
 
 def test_slices_are_made_one_at_a_time():
