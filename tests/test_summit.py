@@ -20,6 +20,7 @@ from quantitron.recon.solvers import Subspace, Summit
 from quantitron.recon.solvers.cartesian import CartesianSolver
 from quantitron.recon.solvers.held_out import split_lines
 from quantitron.recon.solvers.scan_fit import ScanFit
+from quantitron.recon.solvers.scan_networks import ScanValues
 from quantitron.recon.solvers.training import Schedule
 
 TIMES = ("t1", "t2", "t2star")
@@ -77,20 +78,23 @@ def _same(first: Maps, second: Maps) -> bool:
 
 
 LIMITS = {
-    # today T1 3.9, T2* 9.1 (subspace 6.1, 9.4)
-    "vfa_gre": {"t1": 0.052, "t2star": 0.12},
-    # today T1 3.1, T2 5.5, T2* 10.2 (3.5, 3.8, 8.1)
-    "t2ir_gre": {"t1": 0.042, "t2": 0.075, "t2star": 0.13},
-    # today T2* 3.3 (5.4)
-    "megre": {"t2star": 0.045},
+    # today T1 4.3, T2* 8.8 (subspace 6.1, 9.4)
+    "vfa_gre": {"t1": 0.82, "t2star": 1.0},
+    # today T1 2.7, T2 3.4, T2* 6.8 (3.5, 3.8, 8.1)
+    "t2ir_gre": {"t1": 0.88, "t2": 1.0, "t2star": 0.95},
+    # today T2* 3.8 (5.4)
+    "megre": {"t2star": 0.8},
 }
-"""Largest NRMSE after the few epochs of ``QUICK``."""
+"""Largest share of the linear maps' NRMSE."""
+SCHEDULES = {"t2ir_gre": {"epochs": 24, "halve_every": 8, "learning_rate": 1e-3}}
+"""Where not ``QUICK``."""
 
 
 @pytest.mark.parametrize("sequence", SCANS)
 def test_preview_and_maps_of_each_sequence(sequence):
     problem, truth, mask = _scan(sequence)
-    (preview, maps), told = _solve(problem, **QUICK)
+    schedule = SCHEDULES.get(sequence, QUICK)
+    (preview, maps), told = _solve(problem, **schedule)
     (linear,) = Subspace().solve(problem, lambda *told: None)
     assert preview.preview
     assert not maps.preview
@@ -101,7 +105,7 @@ def test_preview_and_maps_of_each_sequence(sequence):
     for values in maps.values.values():
         assert torch.equal(values.isfinite(), maps.mask)
     for name, limit in LIMITS[sequence].items():
-        assert map_error(maps, truth, mask, name) < limit, name
+        assert map_error(maps, truth, mask, name) < limit * map_error(linear, truth, mask, name), name
     off = (maps.values["b0"][0] - truth["b0"])[mask & maps.mask[0]]
     assert off.abs().median() < 1.0  # [Hz], field of +-25
     ratio = (maps.values["pd"] / linear.values["pd"])[maps.mask]
@@ -110,8 +114,8 @@ def test_preview_and_maps_of_each_sequence(sequence):
         assert (maps.values["inversion"][0] - truth["inversion"])[mask & maps.mask[0]].abs().mean() < 0.02
     # The norm sets in after half of the epochs.
     epochs = _epochs(told)
-    assert len(epochs) == QUICK["epochs"]
-    assert ["wnnm" in text for text in epochs] == 6 * [False] + 6 * [True]
+    half = schedule["epochs"] // 2
+    assert ["wnnm" in text for text in epochs] == half * [False] + half * [True]
     data = [float(text.split("data ")[1].split(",")[0]) for text in epochs]
     assert data[-1] < 0.8 * data[0] or data[-1] < 1.05
 
@@ -134,15 +138,12 @@ def test_given_coil_maps_stay_and_wrong_ones_are_mended_where_they_are_estimated
     problem, truth, mask = _scan()
     errors, residuals = {}, {}
     for coils in ("given", "estimated"):
-        settings = {**QUICK, "held_out": 0.0, "wnnm": 0.0, "coils": coils}
-        summit = Summit(**settings)
-        estimate = summit.linear_estimate(problem, lambda *told: None)
-        linear = CartesianSolver.maps(summit, estimate, estimate.coefficients, problem, lambda *told: None)
+        settings = {**QUICK, "start_epochs": 10, "log2_rows": 17, "phase_log2_rows": 17}
+        fit = _fit(problem, **settings, held_out=0.0, wnnm=0.0, coils=coils)
         # Coil maps that are off by a fifth, smoothly: no single amplitude makes up for it.
-        fit = ScanFit(summit, problem, estimate, linear)
         signs = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None, None]
         fit.csm = fit.csm * (1 + 0.2 * signs * torch.linspace(-1, 1, fit.csm.shape[-1]))
-        fit.run(Schedule(summit.epochs, summit.learning_rate, summit.halve_every), lambda *told: None)
+        fit.run(Schedule(QUICK["epochs"], QUICK["learning_rate"], QUICK["halve_every"]), lambda *told: None)
         assert (fit.networks.coils is None) == (coils == "given")
         maps = fit.maps()
         errors[coils] = map_error(maps, truth, mask, "t1")
@@ -151,6 +152,45 @@ def test_given_coil_maps_stay_and_wrong_ones_are_mended_where_they_are_estimated
     assert errors["estimated"] < errors["given"]
     with pytest.raises(ValueError, match=r"coils 'given'.*coil_start 'network'"):
         Summit(coils="given", coil_start="network")
+
+
+def _fit(problem: Problem, **settings) -> ScanFit:
+    """Networks as they are drawn, and what they are to be fitted to."""
+    summit = Summit(**SHORT | settings)
+    estimate = summit.linear_estimate(problem, lambda *told: None)
+    linear = CartesianSolver.maps(summit, estimate, estimate.coefficients, problem, lambda *told: None)
+    return ScanFit(summit, problem, estimate, linear)
+
+
+def test_losses_are_those_of_all_positions_however_they_are_cut():
+    """Rates of nothing: every batch sees the networks as they were drawn. 40 positions, 32 are watched."""
+    problem, *_ = _scan(grid=(1, 12, 40), acceleration=2, noise=0.3)
+    found = {}
+    for batch in (1, 3, 4, 40, 64):
+        fit = _fit(problem, batch=batch, start="constant", epochs=1, wnnm=0.0)
+        record = fit.run(Schedule(1, 1e-30), lambda *told: None)
+        start = fit._start_epoch(torch.optim.Adam(fit.networks.parameters(), lr=1e-30), 0)
+        found[batch] = (record.losses[0]["data"], record.held_out[0][1], start["maps"])
+    for batch, values in found.items():
+        assert values == pytest.approx(found[1], rel=1e-4), batch
+
+
+def test_an_inversion_that_fails_is_not_a_perfect_one():
+    """Efficiency 0 leaves no magnetisation, so that the first frame is empty and not negative."""
+    signals = {}
+    for efficiency in (0.0, 1.0, None):
+        protocol = replace(PROTOCOLS["t2ir_gre"], inversion_efficiency=efficiency)
+        one = torch.ones(1)
+        inversion = one if efficiency is None else None
+        values = ScanValues(
+            {"amplitude": one, "t1": one, "t2": 0.08 * one, "t2star": 0.05 * one},
+            torch.ones(protocol.echoes, 1, dtype=torch.complex64),
+            inversion,
+        )
+        signals[efficiency] = values.frames(protocol, (1, 1, 1))[0, 0, 0, 0].real
+    assert signals[1.0] < -0.05
+    assert abs(signals[0.0]) < 0.01
+    assert signals[None] == signals[1.0]
 
 
 def test_the_same_seed_gives_the_same_maps():

@@ -16,6 +16,7 @@ from quantitron.recon.networks.fields import ComplexField, CoordinateNetwork, Re
 from quantitron.recon.networks.hash_layout import HashGridLayout, grid_coordinates
 from quantitron.recon.networks.low_rank_block import LowRankBlock, SharedFeatureNetwork
 from quantitron.recon.networks.voxel_images import images_of, values_of
+from quantitron.recon.priors.weighted_nuclear_norm import FLOOR
 from quantitron.recon.signal.map_model import TIMES
 from quantitron.recon.solvers.cartesian import LinearEstimate
 from quantitron.recon.solvers.map_estimate import MapEstimate
@@ -26,7 +27,7 @@ LEAST_TIME, LARGEST_TIME = 1e-3, 100.0
 
 @dataclass(frozen=True)
 class JointSettings:
-    """Settings of the joint training; the published ones are the defaults."""
+    """Settings of the joint training."""
 
     epochs: int = 200
     halve_every: int = 80
@@ -43,13 +44,21 @@ class JointSettings:
     """Whether LRR's convolutional network is there."""
     channels: int = 32
     estimate_coils: bool = True
-    """Whether a network changes the coil maps."""
+    """Whether a network gives the coil maps."""
+    multiply_coils: bool = True
+    """Whether that network changes given coil maps, in place of making them, as published."""
     frames: bool = False
     """Data terms frame by frame, in place of their reduced form."""
     held_out: float = 0.03
     """Share of the lines that decide when to stop."""
     patience: int = 5
+    scaled_coupling: bool = True
+    """Whether the term between the blocks has the mean curvature of the data term, about 1 / R; else 1."""
     wnnm: float = 1.0
+    wnnm_start: float = 0.0
+    """Share of the epochs after which it sets in."""
+    wnnm_floor: float = FLOOR
+    """``floor`` of ``weighted_nuclear_norm``."""
     shared_encoder: bool = False
     levels: int = 16
     log2_rows: int = 19
@@ -74,6 +83,19 @@ class Block:
     def images(self, values: Tensor) -> Tensor:
         """Values (v, n) of the voxels as images (x, n, z, y), zero elsewhere."""
         return images_of(values.T, self.shape, self.places)
+
+
+def centre_and_spread(start: MapEstimate) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the unknowns, (p,) each; of the phase those of its direction.
+
+    A phase has no zero: what is measured does not depend on where the receiver put it.
+    """
+    mean, spread = start.theta.mean(0), start.theta.std(0, correction=0)
+    column = start.model.names.index("phase")
+    phasor = torch.polar(torch.ones_like(start.theta[:, column]), start.theta[:, column])
+    mean[column] = phasor.mean().angle()
+    spread[column] = (phasor * phasor.mean().conj()).angle().square().mean().sqrt()
+    return mean, spread.clamp_min(1e-3)
 
 
 class JointNetworks(nn.Module):
@@ -127,7 +149,7 @@ class JointNetworks(nn.Module):
         self.times = [n for n, name in enumerate(names) if name in TIMES]
         self.positive = [n for n, name in enumerate(names) if name in (*TIMES, "amplitude")]
         self.angular = [n for n, name in enumerate(names) if name not in (*TIMES, "amplitude")]
-        mean, spread = start.theta.mean(0), start.theta.std(0, correction=0).clamp_min(1e-3)
+        mean, spread = centre_and_spread(start)
         count = len(self.positive)
         self.maps = RealField(
             network(fine, count, count, settings.shared_encoder),
@@ -135,7 +157,10 @@ class JointNetworks(nn.Module):
             spread[self.positive],
         )
         # The phase as that of a complex number, which never wraps; the off-resonance that is left beside it.
-        self.phase = ComplexField(network(coarse_phase, 2, 2), zeros.new_ones(1))
+        phase = mean[[names.index("phase")]]
+        self.phase = ComplexField(
+            network(coarse_phase, 2, 2), torch.polar(torch.ones_like(phase), phase).to(zeros)
+        )
         self.residual_field: RealField | None = None
         if "b0" in names:
             column = names.index("b0")
@@ -148,9 +173,11 @@ class JointNetworks(nn.Module):
         self.coils: ComplexField | None = None
         if settings.estimate_coils and coils > 1:
             ones = torch.ones(coils, device=device)
+            begin, scale = (1.0, 0.1 * ones) if settings.multiply_coils else (coils**-0.5, ones)
             self.coils = ComplexField(
-                network(HashGridLayout.for_coils(), 2 * coils, 2, True), ones + 0j, 0.1 * ones
+                network(HashGridLayout.for_coils(), 2 * coils, 2, True), begin * ones + 0j, scale
             )
+        self.multiply_coils = settings.multiply_coils
 
     def block(self, part: slice) -> Block:
         """Prepare a run of readout positions."""
@@ -189,13 +216,19 @@ class JointNetworks(nn.Module):
         return torch.stack([columns[number] for number in range(len(columns))], 1)
 
     def csm(self, block: Block, given: Tensor) -> Tensor:
-        """Coil maps (x, c, z, y) of a block, from those given there; root sum of squares as theirs."""
+        """Coil maps (x, c, z, y) of a block: given ones, changed but for their root sum of squares, or new.
+
+        Where the networks are not evaluated, those given.
+        """
         if self.coils is None:
             return given
-        start = values_of(given, block.places)  # (c, v)
-        found = start * self.coils(block.coarse)
+        found: Tensor = self.coils(block.coarse)  # (c, v)
+        start = values_of(given, block.places) if self.multiply_coils else torch.ones_like(found)
+        found = start * found
         # Root of the sum of squares of real and imaginary parts: that of moduli takes four times as long.
         square, wanted = (torch.view_as_real(maps).square().sum((0, 2)) for maps in (found, start))
+        if not self.multiply_coils:
+            wanted = torch.ones_like(square)
         found = found * (wanted / square.clamp_min(1e-24)).sqrt()
         if block.places is not None:
             found = values_of(given).index_copy(1, block.places, found)

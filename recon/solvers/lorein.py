@@ -2,8 +2,11 @@
 
     DC1(U) + DC2(theta) + ||Phi U - I(theta)||^2 + lambda WNNM(theta),     U by the LRR block, theta by PMR's
 
-``training: joint`` is the published form: the networks of both blocks take the gradients of all terms
-(``lorein_joint.py``). ``training: alternating``, the default, minimises the terms of the same kind where each
+``training: joint`` is the published way: the networks of both blocks take the gradients of all terms
+(``lorein_joint.py``). Its defaults are what did better or runs faster; the published form besides has
+``voxels: all``, ``start_epochs: 0``, ``coil_start: network``, ``coupling: published``, ``held_out: 0``,
+``shared_encoder: false``, ``log2_rows: 19``, ``wnnm: 1``, ``wnnm_floor: 0`` and ``rank: 15``. ``training:
+alternating``, the default, minimises the terms of the same kind where each
 is easy, because a network that is trained through the undersampled Fourier transform learns the weak
 components, which carry the relaxation times, last and least:
 
@@ -30,7 +33,7 @@ from torch import Tensor
 
 from quantitron.recon.data import Encoding, Maps, Problem, Protocol
 from quantitron.recon.priors.block_matching import check_planes, match_blocks
-from quantitron.recon.priors.weighted_nuclear_norm import shrink_stacks
+from quantitron.recon.priors.weighted_nuclear_norm import FLOOR, shrink_stacks
 from quantitron.recon.signal.map_model import TIMES
 from quantitron.recon.solvers.cartesian import CartesianSolver, LinearEstimate
 from quantitron.recon.solvers.joint_networks import JointSettings
@@ -62,7 +65,7 @@ class LoREIN(ModelBased):
     name: ClassVar[str] = "lorein"
 
     training: str = field(default="alternating", metadata={"choices": ("alternating", "joint")})
-    """How the objective is minimised; ``joint`` is the published form."""
+    """How the objective is minimised; ``joint``: as published."""
     preview: bool = True
     """Whether the maps of the linear estimate are sent as soon as they are there."""
     linear_iterations: int = field(default=10, metadata={"minimum": 1})
@@ -117,9 +120,17 @@ class LoREIN(ModelBased):
     convolution: bool = True
     """Whether the LRR block has its convolutional network."""
     coils: str = field(default="estimated", metadata={"choices": ("estimated", "given")})
-    """Whether a network changes the coil maps, or they stay as ESPIRiT found them."""
+    """Whether a network gives the coil maps, or they stay as ESPIRiT found them."""
+    coil_start: str = field(default="espirit", metadata={"choices": ("espirit", "network")})
+    """Whether the coil network changes ESPIRiT's maps or, as published, makes the coil maps from nothing."""
+    coupling: str = field(default="curvature", metadata={"choices": ("curvature", "published")})
+    """Weight of the term between the blocks: the mean curvature of the data term, about 1 / R, or 1."""
+    wnnm_start: float = field(default=0.0, metadata={"minimum": 0, "maximum": 1})
+    """Share of the epochs after which the weighted nuclear norm sets in."""
+    wnnm_floor: float = field(default=FLOOR, metadata={"minimum": 0})
+    """Bounds the weights of the norm (``weighted_nuclear_norm``); 0 as published."""
     data_term: str = field(default="reduced", metadata={"choices": ("reduced", "frames")})
-    """The data term's form; ``frames`` is the reference, and slow."""
+    """The data term's form; ``frames`` is the reference, and takes the longer, the more frames there are."""
     held_out: float = field(default=0.03, metadata={"minimum": 0, "maximum": 0.5})
     """Share of the lines that are not trained on and end the training once they are predicted no better.
 
@@ -132,9 +143,12 @@ class LoREIN(ModelBased):
 
         Raises:
             ValueError: if the end of a range is not above its start, the window is even or holds fewer
-                patches than a stack, or joint training ends before the maps have been trained.
+                patches than a stack, joint training ends before the maps have been trained, or coil maps that
+                are to stay as they are should begin with a network.
         """
         super().__post_init__()
+        if self.coils == "given" and self.coil_start == "network":
+            raise ValueError("coils 'given' are ESPIRiT's maps; coil_start 'network' has none: choose one")
         if self.training == "joint" and self.low_rank_epochs >= self.epochs:
             raise ValueError(
                 f"low_rank_epochs {self.low_rank_epochs} leave none of the {self.epochs} epochs to the maps"
@@ -208,10 +222,14 @@ class LoREIN(ModelBased):
             start_epochs=self.start_epochs,
             convolution=self.convolution,
             estimate_coils=self.coils == "estimated",
+            multiply_coils=self.coil_start == "espirit",
+            scaled_coupling=self.coupling == "curvature",
             frames=self.data_term == "frames",
             held_out=self.held_out,
             patience=self.patience,
             wnnm=self.wnnm,
+            wnnm_start=self.wnnm_start,
+            wnnm_floor=self.wnnm_floor,
             shared_encoder=self.shared_encoder,
             levels=self.levels,
             log2_rows=self.log2_rows,

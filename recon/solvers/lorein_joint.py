@@ -1,10 +1,12 @@
 """LoREIN as published: the networks of both blocks and of the coils take the gradients of all terms at once.
 
-    DC1(U, C) + DC2(theta, C) + ||U - Phi^H I(theta)||^2 + sum_i lambda_i WNNM(theta_i)
+    DC1(U, C) + DC2(theta, C) + c ||U - Phi^H I(theta)||^2 + sum_i lambda_i WNNM(theta_i)
 
 Adam goes through batches of readout positions in random order; LRR is trained alone for some epochs first.
 Data terms are in the reduced form, the maps' signals projected into the subspace, or frame by frame (the
-reference). Each term is in units of the noise of all samples, so that DC1 = DC2 = 1/2 is a perfect fit.
+reference). Each term is in units of the noise of all samples, so that DC1 = DC2 = 1/2 is a perfect fit. c is
+1 as published (eq. 17), or the mean curvature of DC1, about 1 / R: blocks then hold together as much as the
+data hold each. WNNM is that of logarithms of amplitude and times, and of both parts of the phase's direction.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from quantitron.recon.priors.block_matching import Matches, match_blocks
 from quantitron.recon.priors.weighted_nuclear_norm import weighted_nuclear_norm
 from quantitron.recon.solvers.cartesian import LinearEstimate
 from quantitron.recon.solvers.held_out import split_lines
-from quantitron.recon.solvers.joint_networks import Block, JointNetworks, JointSettings
+from quantitron.recon.solvers.joint_networks import Block, JointNetworks, JointSettings, centre_and_spread
 from quantitron.recon.solvers.map_estimate import MapEstimate
 from quantitron.recon.solvers.solver import Progress
 from quantitron.recon.solvers.training import (
@@ -92,9 +94,12 @@ class JointTraining:
             model = replace(model, inversion=whole)
         self._model = model
         names = start.model.names
-        self._wnnm = torch.tensor([PUBLISHED_WNNM.get(name, 0.0) for name in names]).to(start.theta)
-        self._spread = start.theta.std(0, correction=0).clamp_min(1e-3)
-        self._mean = start.theta.mean(0)
+        self._mean, self._spread = centre_and_spread(start)
+        self._phase = names.index("phase")
+        self._mean_cosine = (start.theta[:, self._phase] - self._mean[self._phase]).cos().mean()
+        self._logarithms = [n for n, name in enumerate(names) if name in PUBLISHED_WNNM and name != "phase"]
+        weights = [PUBLISHED_WNNM[names[n]] for n in self._logarithms] + 2 * [PUBLISHED_WNNM["phase"]]
+        self._wnnm = torch.tensor(weights).to(start.theta)
         self._matches: Matches | None = None
         if settings.wnnm > 0:
             # On the linear estimate's maps: the networks' are constants when they begin.
@@ -146,9 +151,10 @@ class JointTraining:
             theta = networks.theta(block)
             images = block.images(self._model.of(block.voxels).coefficients(theta))
             terms["dc2"] = self._data(block, images, csm, theta) / unit
-            curvature = float(self._operator.mean_diagonal().mean())
+            scaled = self.settings.scaled_coupling
+            coupling = float(self._operator.mean_diagonal().mean()) if scaled else 1.0
             difference = torch.view_as_real(u - images).square().sum()
-            terms["prior"] = curvature * difference / unit
+            terms["prior"] = coupling * difference / unit
         return terms
 
     def residual_to_noise(self, networks: JointNetworks, maps: MapEstimate) -> float:
@@ -223,7 +229,8 @@ class JointTraining:
                 sums[name] = sums.get(name, 0.0) + value * share
         offset = 0.5 * self._operator.energy / (self._operator.samples * self.estimate.noise)
         losses = {name: value + (offset if name != "prior" else 0.0) for name, value in sums.items()}
-        if both and self._matches is not None:
+        started = number >= self.settings.wnnm_start * self.settings.epochs
+        if both and started and self._matches is not None:
             losses["wnnm"] = self.norm_step(networks, blocks, optimizer)
         return losses
 
@@ -261,16 +268,23 @@ class JointTraining:
         return self._operator.samples * self.estimate.noise * share
 
     def _nuclear_norm(self, networks: JointNetworks, blocks: list[Block], matches: Matches) -> Tensor:
-        """WNNM of all maps but the off-resonance, which has no weight, inside the mask."""
+        """WNNM of all maps but the off-resonance, which has no weight, inside the mask.
+
+        Of the phase, both parts of its direction: the phase itself jumps by a turn here and there.
+        """
         theta = torch.cat([networks.theta(block, field=False) for block in blocks])  # (voxels, p)
         x, z, y = self.start.mask.shape
         inside = self.start.mask.flatten()
-        values = (theta - self._mean) / self._spread
+        deviation = theta - self._mean
+        phase = deviation[:, self._phase]
+        direction = torch.stack([phase.cos() - self._mean_cosine, phase.sin()], 1) / self._spread[self._phase]
+        values = (deviation / self._spread)[:, self._logarithms]
+        values = torch.cat([values, direction], 1)
         if networks.known is None:
             values = torch.where(inside[:, None], values, 0)
         places = None if networks.known is None else inside.nonzero()[:, 0]
         images = images_of(values.T, (x, z, y), places).transpose(0, 1)  # (p, x, z, y)
-        return weighted_nuclear_norm(images, matches, self._wnnm)
+        return weighted_nuclear_norm(images, matches, self._wnnm, floor=self.settings.wnnm_floor)
 
     def _residual(self, networks: JointNetworks, blocks: list[Block]) -> float:
         """||s - A U||^2 / (samples noise) of the lines held out, for PMR's maps."""

@@ -15,7 +15,7 @@ from quantitron.recon.data import KSpace, Maps, Problem
 from quantitron.recon.networks.hash_layout import grid_coordinates
 from quantitron.recon.operators.frame_data_term import FrameDataTerm
 from quantitron.recon.priors.block_matching import Matches, match_blocks
-from quantitron.recon.priors.weighted_nuclear_norm import weighted_nuclear_norm
+from quantitron.recon.priors.weighted_nuclear_norm import FLOOR, weighted_nuclear_norm
 from quantitron.recon.signal.map_model import MapModel
 from quantitron.recon.solvers.cartesian import LinearEstimate
 from quantitron.recon.solvers.held_out import split_lines
@@ -33,8 +33,8 @@ PUBLISHED_WEIGHTS: Mapping[str, float] = {
     "phase": 0.2,
 }
 """lambda_m, relative weights of the weighted nuclear norms of the maps."""
-_HELD_OUT_BATCHES = 8
-"""Batches of readout positions at which the lines held out are looked at."""
+_HELD_OUT_POSITIONS = 32
+"""Readout positions at which the lines held out are looked at."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class FitSettings:
     """Edge of the square in which similar patches are searched, odd."""
     similar: int = field(default=3, metadata={"minimum": 2})
     """Patches in a stack."""
+    wnnm_floor: float = field(default=FLOOR, metadata={"minimum": 0})
+    """Bounds the weights of the norm (``weighted_nuclear_norm``); 0 as published."""
     shared_encoder: bool = False
     """One hash grid for amplitude and relaxation times in place of one for each."""
     log2_rows: int = field(default=17, metadata={"minimum": 3, "maximum": 24})
@@ -78,7 +80,9 @@ class FitSettings:
     phase_log2_rows: int = field(default=17, metadata={"minimum": 3, "maximum": 24})
     """The same for the echo phases; with LoREIN's 12 the networks miss more of the field than noise hides."""
     held_out: float = field(default=0.03, metadata={"minimum": 0, "maximum": 0.5})
-    """Share of the lines kept aside; 0: none, and the last epoch's networks count."""
+    """Share of the lines kept aside; 0: none, and the last epoch's networks count.
+
+    With ``start: maps`` they are not quite unseen: the linear estimate was made of all lines."""
     check_every: int = field(default=2, metadata={"minimum": 1})
     """Epochs between looks at the lines kept aside."""
     patience: int = field(default=5, metadata={"minimum": 0})
@@ -150,6 +154,10 @@ class ScanFit:
         )
         positions = torch.randperm(nx, generator=self._generator)
         self._batches = [self._batch(part.sort().values) for part in torch.split(positions, settings.batch)]
+        # The same positions whatever the size of a batch: whole batches of them, and what then is missing.
+        whole = _HELD_OUT_POSITIONS // settings.batch
+        rest = positions[whole * settings.batch : _HELD_OUT_POSITIONS].sort().values
+        self._watched = self._batches[:whole] + ([self._batch(rest)] if len(rest) else [])
         self._planes: list[_Plane] = []
 
     def run(self, schedule: Schedule, progress: Progress) -> TrainingRecord:
@@ -235,6 +243,15 @@ class ScanFit:
         points = self.networks.points(self._coordinates[voxel], (len(position), nz, ny))
         return _Batch(position.to(self.device), voxel.to(self.device), points)
 
+    def _share(self, batch: _Batch) -> float:
+        """Its size, in units of that of the others: the last one may be smaller."""
+        return len(batch.position) / min(self.settings.batch, self._grid[0])
+
+    def _mean(self, losses: list[Tensor], batches: list[_Batch]) -> float:
+        """Over the readout positions of batches."""
+        weight = torch.tensor([self._share(batch) for batch in batches], device=self.device)
+        return float((weight * torch.stack(losses)).sum() / weight.sum())
+
     def _mean_absolute_error(self, term: FrameDataTerm, batch: _Batch) -> Tensor:
         """In units of what noise alone gives."""
         frames = self.networks.values(batch.points).frames(self.problem.protocol, batch.points.shape)
@@ -250,12 +267,12 @@ class ScanFit:
 
     def _start_epoch(self, optimizer: Optimizer, _number: int) -> dict[str, float]:
         """Towards the linear estimate's maps, in the image domain."""
-        total = torch.zeros((), device=self.device)
-        for batch in self._order():
+        batches, losses = self._order(), []
+        for batch in batches:
             loss = self.target.distance(self.networks, batch.points, batch.voxel)
-            _step(optimizer, loss)
-            total += loss.detach()
-        return {"maps": float(total) / len(self._batches)}
+            _step(optimizer, self._share(batch) * loss)
+            losses.append(loss.detach())
+        return {"maps": self._mean(losses, batches)}
 
     def _epoch(self, optimizer: Optimizer, number: int) -> dict[str, float]:
         """Once through the readout positions, and through the planes where the norm has set in."""
@@ -264,17 +281,18 @@ class ScanFit:
         if with_norm and not self._planes:
             self._planes = self._matched_planes()
         visits = self._visits(len(batches)) if with_norm else {}
-        data = torch.zeros((), device=self.device)
+        data: list[Tensor] = []
         norm = torch.zeros((), device=self.device)
         for step, batch in enumerate(batches):
             loss = self._mean_absolute_error(self._data, batch)
-            data += loss.detach()
+            data.append(loss.detach())
+            loss = self._share(batch) * loss
             if step in visits:
                 value = self._norm(self._planes[visits[step]], number + step)
                 norm += value.detach()
                 loss = loss + settings.wnnm * len(batches) / len(visits) * value
             _step(optimizer, loss)
-        losses = {"data": float(data) / len(batches)}
+        losses = {"data": self._mean(data, batches)}
         if visits:
             losses["wnnm"] = float(norm) / len(visits)
         return losses
@@ -323,15 +341,17 @@ class ScanFit:
         images = torch.stack([*maps.values(), echo.real, echo.imag])
         weights = [PUBLISHED_WEIGHTS[name] for name in maps] + 2 * [PUBLISHED_WEIGHTS["phase"]]
         return weighted_nuclear_norm(
-            images.reshape(-1, *plane.points.shape), plane.matches, images.new_tensor(weights)
+            images.reshape(-1, *plane.points.shape),
+            plane.matches,
+            images.new_tensor(weights),
+            floor=self.settings.wnnm_floor,
         )
 
     def _held_out(self) -> float:
         """Mean absolute error of the lines kept aside."""
         assert self._aside is not None
-        batches = self._batches[:_HELD_OUT_BATCHES]
-        errors = [self._mean_absolute_error(self._aside, batch).detach() for batch in batches]
-        return float(torch.stack(errors).mean())
+        errors = [self._mean_absolute_error(self._aside, batch).detach() for batch in self._watched]
+        return self._mean(errors, self._watched)
 
     @torch.no_grad()
     def _everywhere(self) -> tuple[ScanValues, Tensor, float]:

@@ -53,8 +53,10 @@ class ScanValues:
         amplitude = self.positive["amplitude"]
         parameters = {name: self.positive[name] for name in ("t1", "t2") if name in self.positive}
         if "inversion" in CONTRAST_PARAMETERS[protocol.sequence]:
-            known = amplitude.new_tensor(protocol.inversion_efficiency or 1.0).expand_as(amplitude)
-            parameters["inversion"] = known if self.inversion is None else self.inversion
+            known = 1.0 if protocol.inversion_efficiency is None else protocol.inversion_efficiency
+            parameters["inversion"] = (
+                amplitude.new_tensor(known).expand_as(amplitude) if self.inversion is None else self.inversion
+            )
         signal = CONTRAST_SIGNALS[protocol.sequence]
         contrast = signal(parameters or {"amplitude": amplitude}, protocol, None)  # (v, w)
         magnitude = amplitude[None]  # (e, v)

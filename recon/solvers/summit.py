@@ -7,9 +7,10 @@ Amplitude, relaxation times, echo phases, inversion efficiency and coil maps are
 the mean absolute error of all frames, in units of what noise alone gives; WNNM is the weighted nuclear norm
 of stacks of similar patches of the maps, one plane at a time.
 
-``start: constant``, ``coil_start: network`` and ``held_out: 0`` are the published form. By default the
-networks begin with the linear estimate's maps and ESPIRiT's coil maps, and training ends where lines that
-were kept aside are no longer predicted better.
+The published form has ``start: constant``, ``coil_start: network``, ``held_out: 0``, ``log2_rows: 19``,
+``wnnm_start: 0`` and ``wnnm_floor: 0``. By default the networks begin with the linear estimate's maps and
+ESPIRiT's coil maps, grids have about as many rows as there are voxels, the norm sets in half-way with bounded
+weights, and training ends where lines that were kept aside are no longer predicted better.
 """
 
 from __future__ import annotations
