@@ -14,8 +14,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 install: $(STAMP)
 
-# Simulate two undersampled scans, reconstruct each by `subspace` and `lorein`, print the errors and draw the maps
-# into demo/.
+# Simulate undersampled scans, reconstruct each by two methods, print the errors and draw the maps into demo/.
 demo: $(STAMP)
 	$(BIN)/python -m quantitron.host.demo
 

@@ -140,11 +140,22 @@ def order(name: str, scan: str, _pipeline: str) -> tuple[str, bool, float]:
 
 
 def scans_of(words: Iterable[str]) -> dict[str, list[float]]:
-    """``vfa_gre:12,27`` -> {"vfa_gre": [12.0, 27.0]}."""
+    """``vfa_gre:12,27`` -> {"vfa_gre": [12.0, 27.0]}.
+
+    Raises:
+        SystemExit: if a word is not such a scan.
+    """
     found = {}
     for word in words:
         sequence, _, accelerations = word.partition(":")
-        found[sequence] = [float(value) for value in accelerations.split(",")]
+        try:
+            found[sequence] = [float(value) for value in accelerations.split(",")]
+        except ValueError:
+            raise SystemExit(
+                f"--scans takes a sequence and accelerations, as vfa_gre:12,27; not '{word}'"
+            ) from None
+        if sequence not in SCANS:
+            raise SystemExit(f"--scans: there is no scan of '{sequence}'; there are {', '.join(SCANS)}")
     return found
 
 
@@ -169,6 +180,12 @@ def main() -> None:
         except (OSError, ValueError) as error:
             raise SystemExit(f"summary takes files that --json wrote: {error}") from error
         return
+    volumes = [source for source in arguments.sources if source.stem != "mni"]
+    if arguments.what != "accuracy" and len(volumes) != 1:
+        raise SystemExit(f"{arguments.what} takes one volume, delics_volXX.npz")
+    for source in volumes:
+        if not source.is_file():
+            raise SystemExit(f"there is no file '{source}'")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         if arguments.what == "accuracy":

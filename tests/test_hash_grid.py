@@ -403,6 +403,27 @@ def test_both_backends_give_the_same_numbers(tinycudann, networks):
         theirs(ours.samples(coordinates))
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or find_library() is None, reason="no GPU, or tiny-cuda-nn is not installed"
+)
+@pytest.mark.parametrize("networks", [1, 7])
+@pytest.mark.parametrize("matrix", [(24, 6, 20), (112, 16, 112)])
+def test_the_library_itself_gives_the_same_numbers(matrix, networks):
+    """DESIGN decision 6: features and gradient where both exist, in single precision."""
+    layout = HashGridLayout.for_matrix(matrix, log2_rows=12)
+    ours = HashGrid(layout, networks, seeded())
+    theirs = TinyCudaGrid(find_library(), layout, networks, seeded(), torch.device("cuda"))
+    coordinates = torch.rand(500, 3, generator=seeded(4))
+    features = theirs(theirs.samples(coordinates))
+    expected = ours(ours.samples(coordinates))
+    torch.testing.assert_close(features.cpu(), expected, rtol=1e-4, atol=1e-8)
+    direction = torch.randn(expected.shape, generator=seeded(7))
+    (features * direction.cuda()).sum().backward()
+    (expected * direction).sum().backward()
+    parts = [e.params.grad.cpu().view(len(ours.table), -1) for e in theirs.encodings]
+    torch.testing.assert_close(torch.cat(parts, dim=1), ours.table.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_the_backend_is_chosen_by_device_and_library(tinycudann, monkeypatch):
     """A GPU is claimed, its modules stay on the CPU: what is tested is the choice."""
     chosen = []

@@ -103,7 +103,10 @@ class Field(nn.Module, ABC):
         """Maps at prepared points, (maps, v)."""
 
     def at(self, coordinates: Tensor) -> Tensor:
-        """Maps at any points, without gradient and in bounded memory.
+        """Maps at any points, so at any resolution; without gradient and in bounded memory.
+
+        Where the finest level has more than one cell between the points that a field was fitted at, some of
+        its vertices were never trained, and what is read between those points comes from the other levels.
 
         Args:
             coordinates: (v, d) in [0, 1].

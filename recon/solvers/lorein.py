@@ -24,7 +24,7 @@ components, which carry the relaxation times, last and least:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -270,8 +270,8 @@ class LoREIN(ModelBased):
             precision = marginal_precision(found, estimate.operator.mean_diagonal())
             first, length = 0.7 + 0.2 * number / self.network_rounds, 0.2 / self.network_rounds
 
-            def fitting(share: float, first: float = first, length: float = length) -> None:
-                progress("map networks", first + length * share)
+            def fitting(doing: str, share: float, first: float = first, length: float = length) -> None:
+                progress(doing, first + length * share)
 
             try:
                 networks = self._fitted(networks, found, estimate, precision, problem.seed, fitting)
@@ -298,7 +298,7 @@ class LoREIN(ModelBased):
         estimate: LinearEstimate,
         precision: Tensor,
         seed: int,
-        progress: Callable[[float], None],
+        progress: Progress,
     ) -> MapNetworks:
         """Networks, new ones where there are none, fitted to the maps; once more at half the rate if need be.
 

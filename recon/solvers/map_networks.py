@@ -1,4 +1,4 @@
-"""Coordinate networks that stand for the parameter maps: fitted in the image domain, read at any resolution.
+"""Coordinate networks that stand for the parameter maps: fitted to them in the image domain.
 
 Amplitude and relaxation times are fields with an exponential output (LoREIN's PMR block, SUMMIT's maps). The
 fit weighs each voxel by what the data say of it there, and ends long before the networks have learnt the
@@ -7,22 +7,23 @@ noise: what they cannot learn quickly is what differs from voxel to voxel withou
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from quantitron.recon.networks.fields import CoordinateNetwork, RealField
 from quantitron.recon.networks.hash_layout import HashGridLayout, grid_coordinates
 from quantitron.recon.signal.map_model import TIMES, normal_blocks
 from quantitron.recon.solvers.map_estimate import MapEstimate
+from quantitron.recon.solvers.solver import Progress
 from quantitron.recon.solvers.training import (
     ParameterGroup,
     Schedule,
     TrainingDiverged,
     TrainingRecord,
-    adam,
+    train,
 )
 
 TABLE_RATE = 5.0
@@ -111,7 +112,7 @@ class MapNetworks:
         theta: Tensor,
         precision: Tensor,
         schedule: Schedule,
-        progress: Callable[[float], None] | None = None,
+        progress: Progress | None = None,
     ) -> TrainingRecord:
         """Steps towards the maps, from where the networks are.
 
@@ -119,32 +120,28 @@ class MapNetworks:
             theta: (v, p) unknowns.
             precision: (v, p) what each is worth.
             schedule: of Adam; an epoch is one step, over all voxels.
-            progress: called with the share that is done.
+            progress: told after every step, with the share that is done.
 
         Raises:
             TrainingDiverged: if the loss, or what the networks say in the end, is not finite.
         """
-        begin = time.monotonic()
-        optimizer = adam(self._groups, schedule, BETAS)
         target = theta[:, self.columns].T  # (maps, v)
         weight = precision[:, self.columns].T * self._deviation.square()
         mean = weight.mean(1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         weight = (weight / mean).clamp_max(LARGEST_WEIGHT)
-        for step in range(schedule.epochs):
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.rate(step) * group["factor"]
+
+        def step(optimizer: Optimizer, _number: int) -> Mapping[str, float]:
             values = self.field(self._samples).log()
             loss = (weight * ((values - target) / self._deviation).square()).mean()
-            if not bool(torch.isfinite(loss)):
-                raise TrainingDiverged(f"the fit of the map networks was not finite in step {step + 1}")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            if progress is not None:
-                progress((step + 1) / schedule.epochs)
+            return {"map networks": float(loss.detach())}
+
+        record = train(self.field, step, schedule, groups=self._groups, progress=progress, betas=BETAS)
         if not bool(self.logarithms().isfinite().all()):
             raise TrainingDiverged("the map networks were not finite after their fit")
-        return TrainingRecord(epochs_kept=schedule.epochs, seconds=time.monotonic() - begin)
+        return record
 
     def logarithms(self) -> Tensor:
         """(v, maps): logarithms of the fields, voxel by voxel; no gradient."""

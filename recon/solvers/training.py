@@ -26,6 +26,8 @@ logger = logging.getLogger("quantitron")
 
 ADAM_EPSILON = 1e-15
 """Features of a hash grid have gradients far below Adam's usual 1e-8."""
+BETAS = (0.9, 0.999)
+"""Adam's usual decay of the means of the gradient and of its square."""
 _RECENT = 5
 """Epochs from whose time the remaining time is reckoned."""
 
@@ -95,9 +97,7 @@ class _Best:
     values: list[Tensor] = field(default_factory=list)
 
 
-def adam(
-    groups: Sequence[ParameterGroup], schedule: Schedule, betas: tuple[float, float] = (0.9, 0.999)
-) -> Adam:
+def adam(groups: Sequence[ParameterGroup], schedule: Schedule, betas: tuple[float, float] = BETAS) -> Adam:
     """Adam as the networks want it: fused into one kernel where torch has it.
 
     Args:
@@ -131,6 +131,7 @@ def train(
     first_check: int = 0,
     patience: int = 0,
     progress: Progress | None = None,
+    betas: tuple[float, float] = BETAS,
 ) -> TrainingRecord:
     """Train networks in place.
 
@@ -144,13 +145,14 @@ def train(
         first_check: epochs before the first one.
         patience: checks without a new least value after which training ends; 0: it runs to the end.
         progress: told after every epoch, with the share of the epochs that is done.
+        betas: Adam's decay of the means of the gradient and of its square.
 
     Raises:
         TrainingDiverged: if a loss, the held-out residual or a parameter is not finite.
     """
     begin = time.monotonic()
     groups = [ParameterGroup(networks.parameters())] if groups is None else groups
-    optimizer = adam(groups, schedule)
+    optimizer = adam(groups, schedule, betas)
     recent: deque[float] = deque(maxlen=_RECENT)
     losses: list[Mapping[str, float]] = []
     checks: list[tuple[int, float]] = []
