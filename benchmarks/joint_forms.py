@@ -3,7 +3,12 @@
 - ``object``: features by sparse matrices, reduced data terms, networks at the object's voxels alone;
 - ``everywhere``: the same with networks at all voxels, as published;
 - ``published``: features gathered and scattered, data terms frame by frame (published_epoch.py), all voxels;
-- ``given``: ``object`` with ESPIRiT's coil maps as they are, in place of a network that changes them.
+- ``given``: ``object`` with ESPIRiT's coil maps as they are, in place of a network that changes them;
+- ``unscaled``: ``object`` with outputs for all coefficient images of the same size, in place of each image's;
+- ``preconditioned``: ``object`` with the gradient of each coefficient image divided by the mean curvature of
+  its data term and of its Gaussian prior, as the conjugate gradients are.
+
+Settings of ``JointSettings`` may follow a form: ``object:learning_rate=3e-3+wnnm=0``.
 
 ``everywhere`` and ``published`` minimise the same objective, up to what the maps' signals have outside the
 basis; ``object`` knows the voxels in which there is nothing.
@@ -13,9 +18,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,21 +29,24 @@ import torch
 from published_epoch import PlainFrames, gathering
 from scan_problem import load
 from subspace import AVERAGE, VFA
+from torch import Tensor, nn
 
 from quantitron.gadgets.image_file import TRUTH_GROUP, read_images
 from quantitron.gadgets.map_volume import map_volumes
 from quantitron.phantoms.simulate import simulate
 from quantitron.recon.data import Maps, Problem
 from quantitron.recon.metrics import CAPS, nrmse
+from quantitron.recon.networks.fields import Field
+from quantitron.recon.networks.low_rank_block import LowRankBlock
 from quantitron.recon.solvers import LoREIN
 from quantitron.recon.solvers.cartesian import CartesianSolver, LinearEstimate
-from quantitron.recon.solvers.joint_networks import JointNetworks, JointSettings
+from quantitron.recon.solvers.joint_networks import Block, JointNetworks, JointSettings
 from quantitron.recon.solvers.lorein_joint import JointTraining
 from quantitron.recon.solvers.map_estimate import MapEstimate, start_from
 from quantitron.recon.solvers.training import ParameterGroup, Schedule, adam
 
 TIMED_FORMS = ("object", "everywhere", "published")
-FORMS = (*TIMED_FORMS, "given")
+FORMS = (*TIMED_FORMS, "given", "unscaled", "preconditioned")
 SETTINGS = {"held_out": 0.0, "log2_rows": 15, "wnnm": 0.1}
 """Of all forms: no early stop, and the sizes that ``lorein`` ships with."""
 COARSE = {"matrix": (56, 56, 8), "fov": (224.0, 224.0, 32.0)}
@@ -66,24 +74,85 @@ class Scan:
 
     def training(self, form: str, **settings: Any) -> JointTraining:
         """The objective, computed in one of the forms."""
+        form, own = settings_of(form)
         frames = form == "published"
         chosen = JointSettings(
-            **SETTINGS,
-            frames=frames,
-            everywhere=form not in ("object", "given"),
-            estimate_coils=form != "given",
-            **settings,
+            **{
+                **SETTINGS,
+                "frames": frames,
+                "everywhere": form in ("everywhere", "published"),
+                "estimate_coils": form != "given",
+                **settings,
+                **own,
+            }
         )
-        training = JointTraining(self.problem, self.estimate, self.start, chosen)
+        kind = Preconditioned if form == "preconditioned" else JointTraining
+        training = kind(self.problem, self.estimate, self.start, chosen)
         if frames:
             assert self.problem.kspace is not None
             training._frames = PlainFrames(self.problem.kspace)  # type: ignore[assignment]
         return training
 
 
+class Preconditioned(JointTraining):
+    """The gradient of DC1 and of the term between the blocks by U, divided by U's mean curvature."""
+
+    def terms(self, networks: JointNetworks, block: Block, both: bool = True) -> dict[str, Tensor]:
+        estimate = self.estimate
+        curvature = estimate.operator.mean_diagonal() + estimate.inside(estimate.prior.diagonal()).mean(
+            0
+        )  # (k,)
+        factor = (curvature.mean() / curvature)[:, None, None]
+        handle = networks.low_rank.register_forward_hook(
+            lambda _module, _inputs, u: u.register_hook(lambda slope: factor * slope) and None
+        )
+        try:
+            return super().terms(networks, block, both)
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def unscaled() -> Iterator[None]:
+    """Networks made in here have outputs of one size for all coefficient images."""
+    made = LowRankBlock.__init__
+
+    def init(self: LowRankBlock, field: Field, convolution: nn.Module | None, scale: Tensor) -> None:
+        made(self, field, convolution, torch.full_like(scale, float(scale.square().mean().sqrt())))
+
+    LowRankBlock.__init__ = init  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        LowRankBlock.__init__ = made  # type: ignore[method-assign]
+
+
+def settings_of(form: str) -> tuple[str, dict[str, Any]]:
+    """``object:epochs=3+convolution=false`` -> ("object", {"epochs": 3, "convolution": False}).
+
+    Raises:
+        SystemExit: if there is no such form or setting, or a value is not of its kind.
+    """
+    name, _, text = form.partition(":")
+    if name not in FORMS:
+        raise SystemExit(f"there is no form '{name}'; there are {', '.join(FORMS)}")
+    kinds = {entry.name: type(entry.default) for entry in fields(JointSettings)}
+    found: dict[str, Any] = {}
+    for setting in filter(None, text.split("+")):
+        key, _, value = setting.partition("=")
+        if key not in kinds:
+            raise SystemExit(f"{form}: joint training has no setting '{key}'; it has {', '.join(kinds)}")
+        try:
+            found[key] = {"true": True, "false": False}[value] if kinds[key] is bool else kinds[key](value)
+        except (ValueError, KeyError):
+            raise SystemExit(f"{form}: '{value}' is no {kinds[key].__name__}") from None
+    return name, found
+
+
 def encoding(form: str) -> AbstractContextManager[None]:
     """Networks made in here encode coordinates as the form does."""
-    return gathering() if form == "published" else nullcontext()
+    name = form.partition(":")[0]
+    return {"published": gathering, "unscaled": unscaled}.get(name, nullcontext)()
 
 
 class Epoch:
@@ -163,7 +232,7 @@ def equal(
     report("linear estimate", scan.linear, 0.0)
     for form, seed in product(forms, seeds):
         drawn = replace(scan, problem=replace(scan.problem, seed=seed))
-        training = drawn.training(form, start_epochs=10, **schedule)
+        training = drawn.training(form, **{"start_epochs": 10, **schedule})
         with encoding(form):
             networks, record = training.run(_quiet)
         found = training.unknowns(networks)
