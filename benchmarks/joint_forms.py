@@ -99,9 +99,8 @@ class Preconditioned(JointTraining):
 
     def terms(self, networks: JointNetworks, block: Block, both: bool = True) -> dict[str, Tensor]:
         estimate = self.estimate
-        curvature = estimate.operator.mean_diagonal() + estimate.inside(estimate.prior.diagonal()).mean(
-            0
-        )  # (k,)
+        prior = estimate.inside(estimate.prior.diagonal()).mean(0)  # (k,)
+        curvature = estimate.operator.mean_diagonal() + prior
         factor = (curvature.mean() / curvature)[:, None, None]
         handle = networks.low_rank.register_forward_hook(
             lambda _module, _inputs, u: u.register_hook(lambda slope: factor * slope) and None
