@@ -212,6 +212,9 @@ def equal(
     anatomy: Path, raw: Path, epochs: int, forms: Iterable[str] = FORMS, seeds: Iterable[int] = (1,)
 ) -> list[dict[str, Any]]:
     """Errors of the maps after a training in each form, on a scan of an eighth of the voxels."""
+    forms = list(forms)
+    for form in forms:
+        settings_of(form)  # refuses what is wrong before any work
     scan = Scan.simulated(anatomy, raw, **COARSE)
     truth = map_volumes(read_images(raw, TRUTH_GROUP))
     mask = truth["MASK"].values > 0
