@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -203,8 +202,9 @@ def test_standard_deviations_of_a_scan_follow_from_its_noise():
     found: dict[str, list[Tensor]] = {"t1": [], "t2": [], "pd": []}
     said: dict[str, list[Tensor]] = {"t1": [], "t2": [], "pd": []}
     for seed in range(12):
-        scan = fingerprint_scan(n=16, coils=1, noise=1.0, pd=60.0, distinct=every_point(16), seed=seed)
-        *_, maps = solver.solve(replace(scan.problem, seed=seed), quiet)
+        scan = fingerprint_scan(16, coils=1, noise=1.0, distinct=every_point(16), seed=seed, rank=8)
+        *_, maps = solver.solve(scan.problem, quiet)
+        assert maps.rank < 8
         for name in found:
             found[name].append(maps.values[name][0][scan.mask])
             said[name].append(maps.standard_deviation[name][0][scan.mask])
