@@ -3,19 +3,22 @@
     python benchmarks/mrf.py accuracy delics_vol00.npz [...] [--scans jiang:500,1000 tgas:500] [--seeds 1]
         [--snr 5,10,20,30] [--samples 768,1166]
     python benchmarks/mrf.py spheres [--scans jiang:500,1000] [--snr 10] [--samples 768]
+    python benchmarks/mrf.py ... [--orders sequential,shuffled,17]
     python benchmarks/mrf.py volume delics_vol00.npz
 
 accuracy: one slice 192x192 of real in-vivo maps (Deli-CS volumes, benchmarks/invivo.py) or of the MNI brain,
 8 coils, one of 48 spirals a time point, in sequential and in shuffled order, the object twice finer than the
-scan and its k-space cut as a scanner does. ``--snr`` is the SNR of one sample at full sampling, 10 if nothing
+scan and its k-space cut as a scanner does. ``--orders`` may name a number: consecutive interleaves are as
+many apart. ``--snr`` is the SNR of one sample at full sampling, 10 if nothing
 is said; ``--samples`` those of a readout: more of them come closer together on the same spiral with the same
-noise each, which is a longer readout. MAPE is the mean of that in white and in grey matter. The
+noise each, which is a longer readout. MAPE is that in white matter, that in grey matter and their mean. The
 floor is the match of perfect images: the true coefficient images at the scan's resolution, with the noise of
 frames that are fully sampled; ``floor, R`` has R times its variance, that of the samples acquired. Pipelines
 run as they ship, or with the settings after the name (``joint_inr:start=cg``), each in a process of its own;
 the dictionary is in the cache, as for every scan but the first of a protocol.
 
-spheres: T2 plate of the NIST phantom: bias and coefficient of variation of each sphere, slope over all.
+spheres: T2 plate of the NIST phantom: bias and coefficient of variation of each sphere, slope over all. A
+sphere without any estimate has a bias of -100 % and counts as a CoV of 100 %; its number is named.
 
 volume: a stack of spirals, 96x96x24, 500 points, 8 coils: seconds and peak memory.
 """
@@ -110,14 +113,16 @@ def slice_of(
     seed: int,
     raw: Path,
 ) -> Simulation:
-    """The standard scan of one slice of an object, into ``raw``."""
+    """The standard scan of one slice of an object, into ``raw``; an order may be a number of interleaves."""
+    step = int(order) if order.isdecimal() else 1
     return simulate_fingerprint(
         output=raw,
         phantom=anatomy,
         schedule=schedule,
         points=points,
         interleaves=INTERLEAVES,
-        order=order,
+        order="sequential" if order.isdecimal() else order,
+        step=step,
         matrix=(MATRIX, MATRIX, 1),
         fov=FIELD,
         coils=COILS,
@@ -140,8 +145,8 @@ def accuracy(
 ) -> list[dict[str, Any]]:
     """MAPE, NRMSE, time and memory of every pipeline on every scan."""
     columns = "object | schedule | points | SNR | samples | seed | order | pipeline | MAPE T1 | T2"
-    say(f"| {columns} | NRMSE T1 / T2 | s | GB |")
-    say("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+    say(f"| {columns} | T1 WM / GM | T2 WM / GM | NRMSE T1 / T2 | s | GB |")
+    say("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     rows: list[dict[str, Any]] = []
 
     def add(case: tuple[Any, ...], pipeline: str, found: dict[str, Any], cost: tuple[float, float]) -> None:
@@ -150,7 +155,12 @@ def accuracy(
         nrmse = " / ".join(
             f"{100 * found[role]['nrmse']:.1f}" if "nrmse" in found[role] else "" for role in ROLES
         )
-        cells = [*map(str, case), f"`{pipeline}`", f"{errors['T1']:.2f}", f"{errors['T2']:.2f}", nrmse]
+        apart = [
+            " / ".join(f"{100 * found[role][f'mape_{tissue}']:.2f}" for tissue in ("wm", "gm"))
+            for role in ROLES
+        ]
+        means = [f"{errors[role]:.2f}" for role in ROLES]
+        cells = [*map(str, case), f"`{pipeline}`", *means, *apart, nrmse]
         say("| " + " | ".join(cells) + f" | {cost[0]:.1f} | {cost[1]:.2f} |")
 
     conditions = list(itertools.product(wanted, levels, lengths, seeds))
@@ -289,8 +299,11 @@ def spheres(
             found = compare(maps, raw)["spheres"]
             for role in ROLES:
                 part = found[role]
-                variations = [sphere["variation"] or 0.0 for sphere in part["list"]]
-                biases = [sphere["bias"] or 0.0 for sphere in part["list"]]
+                biases = [sphere["bias"] for sphere in part["list"]]
+                empty = [sphere["label"] for sphere in part["list"] if sphere["variation"] is None]
+                variations = [
+                    1.0 if sphere["variation"] is None else sphere["variation"] for sphere in part["list"]
+                ]
                 rows.append(
                     {
                         "case": case,
@@ -306,7 +319,8 @@ def spheres(
                 say(
                     f"| {' | '.join(map(str, case))} | `{pipeline}` | {role} | "
                     f"{part['slope']:.4f} | {100 * float(np.mean(variations)):.2f} | "
-                    f"{100 * max(biases, key=abs):+.1f} | {each} |"
+                    f"{100 * max(biases, key=abs):+.1f} | {each}"
+                    + (f"; no estimate in sphere {', '.join(map(str, empty))} |" if empty else " |")
                 )
     return rows
 
@@ -347,7 +361,7 @@ def main() -> None:
     parser.add_argument("what", choices=("accuracy", "spheres", "volume"))
     parser.add_argument("sources", type=Path, nargs="*", help="delics_volXX.npz, or mni")
     parser.add_argument("--scans", nargs="+", default=["jiang:500,1000", "tgas:500"])
-    parser.add_argument("--orders", default=",".join(ORDERS))
+    parser.add_argument("--orders", default=",".join(ORDERS), help="or interleaves apart: 17")
     parser.add_argument("--pipelines", default=PIPELINES, help="name[:property=value+...], ...")
     parser.add_argument("--seeds", default="1")
     parser.add_argument(

@@ -158,9 +158,9 @@ def _read(path: Path, shape: tuple[int, int, int, int]) -> FingerprintDictionary
         shape: (b, i, j, w) that is asked for.
     """
     try:
-        with suppress(PermissionError):  # another user's: it counts as used when it was written
-            os.utime(path)
         content = path.read_bytes()
+        with suppress(OSError):  # another user's, or nothing can be written: used when it was written
+            os.utime(path)
     except FileNotFoundError:
         return None
     except OSError as error:

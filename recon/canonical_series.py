@@ -75,6 +75,8 @@ class TissueAxes:
     """(l, K) orthonormal columns in the temporal basis, real where the dictionary is."""
     size: Tensor
     """(K,) rms of each component over tissue, relative to the first one's."""
+    retained: float
+    """Share of the energy of tissue that they hold, of all that the temporal basis does."""
 
     def channels(self) -> Tensor:
         """(2K, 1, 1, 1) the sizes, for real and imaginary parts."""
@@ -103,7 +105,8 @@ def tissue_axes(basis: Basis, dictionary: FingerprintDictionary, components: int
     largest = signals.gather(0, signals.abs().argmax(0, keepdim=True))[0]  # (K,)
     axes = axes * (largest.conj() / largest.abs())
     size = (found.variance[:components] / found.variance[0]).sqrt()
-    return TissueAxes(axes if bool(axes.imag.any()) else axes.real, size)
+    retained = float(found.variance[:components].sum() / found.variance.sum())
+    return TissueAxes(axes if bool(axes.imag.any()) else axes.real, size, retained)
 
 
 def canonical_series(

@@ -115,12 +115,12 @@ def learnt_basis(
     moments = inside.T @ inside.conj() / energy[mask].double().sum().clamp_min(1e-300)  # E[u u^H]
     if not basis.mixing.imag.any():
         # Real signals times a complex density: what is imaginary here is noise.
-        moments = moments.real.to(moments.dtype)
+        moments = moments.real
     voxels, prior_voxels = len(inside), _DICTIONARY_VOXELS * basis.rank
     prior = torch.diag(basis.variance.double()).to(moments)
     moments = (voxels * moments + prior_voxels * prior) / (voxels + prior_voxels)
     values, vectors = torch.linalg.eigh(moments)
-    values, rotation = values.flip(0), vectors.flip(1)
+    values, rotation = values.flip(0), vectors.flip(1).to(inside)
     variance = values.clamp_min(float(values[0]) * 1e-9)
     mixing = (basis.mixing.to(rotation) @ rotation).to(basis.mixing.dtype)
     return CoefficientBasis(mixing, variance.float(), basis.retained_energy), rotation

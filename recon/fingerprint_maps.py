@@ -23,18 +23,22 @@ def fingerprint_maps(
     retained_energy: float,
     residual_to_noise: float,
     standard_deviations: bool,
+    noise_variance: float | None = None,
 ) -> Maps:
     """Match the voxels that hold signal, and take them off the grid.
 
+    Atoms are compared in the components of the images: see ``fingerprint_match.py``.
+
     Args:
         coefficients: U (x, k, z, y) complex; the signals are ``problem.basis.contrast @ mixing @ U``.
-        mixing: (l, k) orthonormal columns; None: U stands in the basis itself.
+        mixing: (l, k) orthonormal columns; None: U stands in the basis itself, and holds all of it.
         problem: the slice that the images belong to.
         mask_threshold: share of the brightest amplitude below which a voxel is background.
         groups: groups of similar atoms of the fast search; 0 compares with every atom.
         refine: whether the maps leave the grid of the dictionary.
         rank, retained_energy, residual_to_noise: handed on to the maps.
         standard_deviations: whether the fit's standard deviations are handed on; they need ``refine``.
+        noise_variance: E|n|^2 of each coefficient, for them; None: from the residual of each voxel's fit.
 
     Returns:
         Maps with s = 1; NaN outside the mask and where there is no finite estimate.
@@ -47,8 +51,6 @@ def fingerprint_maps(
     mask = signal_mask(torch.linalg.vector_norm(images, dim=-1).cpu(), mask_threshold)  # (z, y, x)
     mask |= ~finite.cpu()  # so that they count among those that failed
     inside, finite = images[mask.to(images.device)], finite[mask.to(images.device)]  # (v, k), (v,)
-    if mixing is not None and mixing.is_complex() and not bool(mixing.imag.any()):
-        mixing = mixing.real
     if mixing is not None and mixing.shape[0] == mixing.shape[1]:
         # Turned back, the atoms stay real, which halves the arithmetic.
         inside, mixing = inside @ mixing.to(inside).T, None
@@ -57,7 +59,8 @@ def fingerprint_maps(
     found = match_fingerprints(inside, problem.dictionary, table, b1, groups)
     values, deviation = {"t1": found.t1, "t2": found.t2, "pd": found.pd.abs()}, {}
     if refine:
-        refined = FingerprintRefinement(problem.dictionary, table).run(inside, found.t1, found.t2, b1)
+        refinement = FingerprintRefinement(problem.dictionary, table)
+        refined = refinement.run(inside, found.t1, found.t2, b1, noise_variance=noise_variance)
         values = {"t1": refined.t1, "t2": refined.t2, "pd": refined.pd.abs()}
         deviation = refined.standard_deviation if standard_deviations else {}
     good = torch.stack([part.isfinite() for part in values.values()]).all(0) & (values["pd"] > 0) & finite

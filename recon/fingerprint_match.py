@@ -2,7 +2,11 @@
 
     maximise |<d, u>| / ||d||,    PD = <d, u> / ||d||^2
 
-over the atoms whose T2 is at most their T1 (METHODS 5). Where B1 is known in each voxel, voxels are taken
+over the atoms whose T2 is at most their T1 (METHODS 5). Atoms stand in the components of the images, and in
+no others: images that were made in k components are the projection of a signal, and the atom that they are
+nearest to is found among projections. Beside whole atoms, one with energy outside of these components would
+count for less than it is, and tissue far from that which the components were chosen for would be taken for
+tissue near it. Where B1 is known in each voxel, voxels are taken
 together by their B1, in steps small beside those of the dictionary in T2, and the atoms of each step are
 interpolated between the B1 values of the dictionary.
 """
@@ -39,10 +43,11 @@ def dictionary_table(dictionary: FingerprintDictionary, basis: Basis, mixing: Te
     Args:
         dictionary: its coefficients stand in its own axes.
         basis: (w, l) over the time points; ``source`` "dictionary" means the leading axes.
-        mixing: (l, k) orthonormal columns that turn the basis into the one wanted; None: the basis itself.
+        mixing: (l, k) orthonormal columns that turn the basis into the one wanted, or into components of it,
+            on which the atoms are then projected; None: the basis itself.
 
     Returns:
-        (b, i, j, l or k).
+        (b, i, j, l or k), real where dictionary, basis and mixing are.
 
     Raises:
         ValueError: if the basis holds more columns than the dictionary has axes or not its time points.
@@ -63,6 +68,8 @@ def dictionary_table(dictionary: FingerprintDictionary, basis: Basis, mixing: Te
         turned = basis.contrast.to(common).mH @ dictionary.axes.to(common)  # (l, r)
         table = dictionary.coefficients.to(common) @ turned.T
     if mixing is not None:
+        if mixing.is_complex() and not bool(mixing.imag.any()):
+            mixing = mixing.real  # real atoms halve the arithmetic of matching
         common = torch.promote_types(mixing.dtype, table.dtype)
         table = table.to(common) @ mixing.conj().to(common)
     return table.contiguous()

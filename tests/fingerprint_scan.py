@@ -26,9 +26,9 @@ VOXEL = 3e-3
 
 
 @cache
-def protocol_and_dictionary() -> tuple[Protocol, FingerprintDictionary]:
+def protocol_and_dictionary(shortest_t2: float = 0.02) -> tuple[Protocol, FingerprintDictionary]:
     protocol = make_schedule("jiang", POINTS)
-    return protocol, fingerprint_dictionary(protocol, (0.3, 4.5), (0.02, 0.5), 40, 40)
+    return protocol, fingerprint_dictionary(protocol, (0.3, 4.5), (shortest_t2, 0.5), 40, 40)
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ def fingerprint_scan(
     every: bool = False,
     seed: int = 0,
     rank: int = 5,
+    t2_factor: float = 1.0,
 ) -> FingerprintScan:
     """A scan of nested ellipses whose signals lie in the basis.
 
@@ -83,10 +84,12 @@ def fingerprint_scan(
         every: each time point plays all of them.
         seed: of the noise.
         rank: of the basis.
+        t2_factor: on T2 in the half of smaller x, for tissue that is not the usual one.
     """
-    protocol, dictionary = protocol_and_dictionary()
+    protocol, dictionary = protocol_and_dictionary(0.02 * min(t2_factor, 1.0))
     grid = (1, n, n)
     tissue, mask, csm = ellipses(grid, coils, texture=0.1)
+    tissue["t2"] = torch.where(torch.arange(n) < n // 2, t2_factor, 1.0) * tissue["t2"]
     if coils == 1:
         csm = torch.ones_like(csm)
     basis = dictionary.basis(rank)

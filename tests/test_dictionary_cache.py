@@ -1,5 +1,6 @@
 """Dictionaries on disk: found again, never wrong, and no reason for a scan to fail."""
 
+import errno
 import hashlib
 import io
 import logging
@@ -200,6 +201,21 @@ def test_a_full_disk_is_no_failure_and_leaves_nothing_behind(tmp_path, caplog, m
     _cached(tmp_path)
     assert "No space left on device" in caplog.text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_what_is_kept_where_nothing_can_be_written_is_read(tmp_path, caplog, monkeypatch, number):
+    """A folder of a site, mounted read-only or another user's: its dictionaries serve every scan."""
+    first = _cached(tmp_path)
+
+    def refused(*arguments, **named):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(module.os, "utime", refused)
+    monkeypatch.setattr(module.fingerprint_dictionary, "fingerprint_dictionary", _never)
+    caplog.clear()
+    _assert_same(_cached(tmp_path), first)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_files_of_killed_writers_are_removed_and_those_of_others_left(tmp_path):

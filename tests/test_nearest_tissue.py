@@ -7,7 +7,7 @@ import torch
 from test_fingerprint_match import make_dictionary, measured, noise, tissue
 
 from quantitron.recon.atom_groups import AtomGroups
-from quantitron.recon.fingerprint_match import FingerprintAtoms, match_fingerprints
+from quantitron.recon.fingerprint_match import FingerprintAtoms, dictionary_table, match_fingerprints
 from quantitron.recon.joint_match import JointMatcher
 from quantitron.recon.signal.spin_echo import SpinEchoProtocol, spin_echo_images, spin_echo_signal
 from quantitron.recon.solvers.nearest_fingerprint import NearestFingerprint
@@ -35,9 +35,10 @@ def scan():
 
 
 def nearest(scan, groups=0, mixing=None):
-    _, atoms, mask, _, _ = scan
+    dictionary, _, mask, _, _ = scan
+    atoms = FingerprintAtoms(dictionary, dictionary_table(dictionary, dictionary.basis(8), mixing))
     e = spin_echo_signal(atoms.t1, atoms.t2, SpinEchoProtocol())
-    return NearestTissue(JointMatcher(atoms.table, e, groups), atoms.t1, atoms.t2, mask, mixing)
+    return NearestTissue(JointMatcher(atoms.table, e, groups), atoms.t1, atoms.t2, mask)
 
 
 @pytest.mark.parametrize("groups", [0, 40])

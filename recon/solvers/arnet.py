@@ -73,11 +73,11 @@ class ArtifactRemoval(FingerprintSolver):
         inside = torch.einsum("lk,xlzy->xkzy", mixing.conj(), images)
         residual = estimate.residual_to_noise(inside)
         progress("matching", 0.85)
-        rank = problem.basis.rank
-        whole = CoefficientBasis(
-            torch.eye(rank, dtype=torch.complex64)[None], torch.ones(rank), problem.basis.retained_energy
-        )
-        yield self.matched(images, whole, problem, residual)
+        known = known_components(axes.axes, estimate.basis.mixing[0])
+        energy = problem.basis.retained_energy * axes.retained
+        basis = CoefficientBasis(known[None].to(torch.complex64), torch.ones(known.shape[1]), energy)
+        images = torch.einsum("lk,xlzy->xkzy", known.conj().to(images), images)
+        yield self.matched(images, basis, problem, residual)
         progress("done", 1.0)
 
     def restored(
@@ -106,3 +106,23 @@ class ArtifactRemoval(FingerprintSolver):
         network = PatchwiseNetwork(trained, problem.device)
         change = from_trained(network.map(as_trained(series / scale, trained.description))).to(series)
         return form.replaced(images, series + scale * change)
+
+
+def known_components(restored: Tensor, scan: Tensor) -> Tensor:
+    """The components that restored images can be compared in.
+
+    They are those that the network restores, and of the scan's own what is orthogonal to all of these. In
+    any other direction the images hold a part of the signal only.
+
+    Args:
+        restored: (l, K) orthonormal columns, the canonical ones.
+        scan: (l, k) orthonormal columns that the linear estimate was made in.
+
+    Returns:
+        (l, max(k, K)) orthonormal columns.
+    """
+    overlap = restored.to(scan).mH @ scan  # (K, k)
+    if not bool(overlap.imag.any()):
+        overlap, scan = overlap.real, scan.real
+    unseen = torch.linalg.svd(overlap).Vh[len(overlap) :].mH  # (k, k - K)
+    return torch.cat([restored.to(scan), scan @ unseen], 1)

@@ -38,6 +38,8 @@ from quantitron.recon.trajectory_sums import TrajectorySums
 DETECTABLE = 0.03
 """Expected energy of a component over that of the noise in its image, below which it is left out: it would
 come out as nothing, and all steps cost as much as there are components."""
+LEAST_COMPONENTS = 3
+"""T1, T2 and PD take as many numbers: fewer components fit one tissue as well as another."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,10 @@ class FingerprintMethod(Solver):
     sequences: ClassVar[tuple[str, ...]] = ("fisp_mrf",)
 
     t1_range: tuple[float, float] = field(default=(0.4, 4.5), metadata={"above": 0})
-    """T1 [s] of the tissue that is expected; it sets variances before any are known, not what is matched."""
+    """T1 [s] of the tissue that is expected. It sets variances before any are known and, where few components
+    are kept, which: tissue outside of the range is matched all the same, with more noise."""
     t2_range: tuple[float, float] = field(default=(0.03, 2.0), metadata={"above": 0})
-    """T2 [s] that is expected."""
+    """T2 [s] that is expected; likewise."""
     mask_threshold: float = field(default=0.05, metadata={"minimum": 0})
     """Amplitude below this share of the brightest tissue counts as background."""
     match_groups: int = field(default=256, metadata={"minimum": 0})
@@ -118,6 +121,7 @@ class FingerprintMethod(Solver):
         basis: CoefficientBasis,
         problem: FingerprintProblem,
         residual_to_noise: float = float("nan"),
+        noise_variance: float | None = None,
     ) -> Maps:
         """The final maps: the dictionary's best match to the coefficients of each voxel.
 
@@ -126,12 +130,11 @@ class FingerprintMethod(Solver):
             basis: of U, mixing (1, l, k).
             problem: the slice.
             residual_to_noise: of U, handed on.
+            noise_variance: of each coefficient, for the standard deviations; None: from the fit's residual.
         """
-        # In the dictionary's own basis, which is real where the signals are: half the arithmetic of matching.
-        images = torch.einsum("lk,xkzy->xlzy", basis.mixing[0].to(coefficients), coefficients)
         return fingerprint_maps(
-            images.cpu(),
-            None,
+            coefficients.cpu(),
+            basis.mixing[0].cpu(),
             problem,
             mask_threshold=self.mask_threshold,
             groups=self.match_groups,
@@ -140,6 +143,7 @@ class FingerprintMethod(Solver):
             retained_energy=basis.retained_energy,
             residual_to_noise=residual_to_noise if problem.noise_known else float("nan"),
             standard_deviations=self.standard_deviations,
+            noise_variance=noise_variance,
         )
 
 
@@ -168,7 +172,7 @@ class FingerprintSolver(CoefficientSolver, FingerprintMethod):
         )
         residual = estimate.residual_to_noise(coefficients)
         progress("matching", 0.85)
-        yield self.matched(coefficients, estimate.basis, problem, residual)
+        yield self.matched(coefficients, estimate.basis, problem, residual, estimate.image_noise**2)
         progress("done", 1.0)
 
     def linear_estimate(self, problem: FingerprintProblem, progress: Progress) -> FingerprintEstimate:
@@ -215,7 +219,7 @@ class FingerprintSolver(CoefficientSolver, FingerprintMethod):
 
 
 def _detectable(basis: CoefficientBasis, signal_to_noise: Tensor, least: float) -> CoefficientBasis:
-    """The leading components that stand out from the noise.
+    """The leading components that stand out from the noise, and as many as maps take at least.
 
     Args:
         basis: mixing (1, l, k), strongest first.
@@ -223,7 +227,8 @@ def _detectable(basis: CoefficientBasis, signal_to_noise: Tensor, least: float) 
         least: of the energy of a component over the noise's, in the brighter half of the object.
     """
     bright = float(signal_to_noise[signal_to_noise >= signal_to_noise.mean()].mean())
-    kept = max(1, int((basis.variance / basis.variance.sum() * bright > least).sum()))
+    kept = max(LEAST_COMPONENTS, int((basis.variance / basis.variance.sum() * bright > least).sum()))
+    kept = min(kept, basis.rank)
     share = float(basis.variance[:kept].sum() / basis.variance.sum())
     return CoefficientBasis(basis.mixing[:, :, :kept], basis.variance[:kept], basis.retained_energy * share)
 

@@ -30,7 +30,12 @@ from quantitron.recon.masks import signal_mask
 from quantitron.recon.operators.subspace_density import unmixed_data
 from quantitron.recon.operators.toeplitz import adjoint_images
 from quantitron.recon.priors.low_rank import BlockLowRank, BlockPrecision
-from quantitron.recon.solvers.fingerprint import FingerprintEstimate, FingerprintSolver, Prepared
+from quantitron.recon.solvers.fingerprint import (
+    LEAST_COMPONENTS,
+    FingerprintEstimate,
+    FingerprintSolver,
+    Prepared,
+)
 from quantitron.recon.solvers.joint_fit import JointFitSettings, fit_joint_network
 from quantitron.recon.solvers.nearest_fingerprint import NearestFingerprint
 from quantitron.recon.solvers.solver import Progress
@@ -64,7 +69,7 @@ class JointINR(DensityCompensated, FingerprintSolver):
     unmix: float = field(default=3e-3, metadata={"minimum": 0})
     """With ``start: adjoint``: density weights that are matrices over the components, this share being added
     to their eigenvalues (``subspace_density.py``); 0, as published: numbers."""
-    adjoint_rank: int = field(default=4, metadata={"minimum": 1})
+    adjoint_rank: int = field(default=4, metadata={"minimum": LEAST_COMPONENTS})
     """Components that are unmixed, the strongest ones of tissue; the others are left out."""
     epochs: int = field(default=120, metadata={"minimum": 1})
     """Steps of the fit, over all voxels each; many of them teach the network the aliasing."""

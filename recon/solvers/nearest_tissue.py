@@ -39,23 +39,20 @@ class NearestTissue:
         t1: Tensor,
         t2: Tensor,
         mask: Tensor,
-        mixing: Tensor | None = None,
         field: Tensor | None = None,
     ) -> None:
         """Keep what belongs to the scan.
 
         Args:
-            matcher: with atoms (a, l), on the device where the images will be.
+            matcher: with atoms (a, k) in the components of the images, on the device where those will be.
             t1: (a,) [s] of the atoms.
             t2: (a,) [s] of the atoms.
             mask: (z, y, x) bool: where there is signal.
-            mixing: (l, k) orthonormal columns: signals are ``mixing @ coefficients``; None: they are alike.
             field: (z, y, x) that the atoms depend on, if they do.
         """
         device = t1.device
         self._matcher, self._t1, self._t2 = matcher, t1, t2
         self._mask = mask.permute(2, 0, 1).to(device)  # (x, z, y)
-        self._mixing = None if mixing is None else mixing.to(device)
         self._field = None if field is None else field.permute(2, 0, 1).to(device)[self._mask]  # (v,)
 
     @staticmethod
@@ -70,12 +67,12 @@ class NearestTissue:
             protocol: of the weighted images that take part; None: no such images.
         """
         problem, device = estimate.problem, estimate.coefficients.device
-        # In the basis of the dictionary, which is real where the signals are: half the arithmetic.
-        table = dictionary_table(problem.dictionary, problem.basis).to(device)  # (b, i, j, l)
+        mixing = estimate.basis.mixing[0].cpu()
+        table = dictionary_table(problem.dictionary, problem.basis, mixing).to(device)  # (b, i, j, k)
         atoms = FingerprintAtoms(problem.dictionary, table)
         contrasts = None if protocol is None else spin_echo_signal(atoms.t1, atoms.t2, protocol)
         matcher = JointMatcher(atoms.table, contrasts, groups)
-        return NearestTissue(matcher, atoms.t1, atoms.t2, estimate.mask, estimate.basis.mixing[0], problem.b1)
+        return NearestTissue(matcher, atoms.t1, atoms.t2, estimate.mask, problem.b1)
 
     def __call__(
         self, coefficients: Tensor, contrasts: Tensor | None = None, weights: Tensor | None = None
@@ -93,13 +90,9 @@ class NearestTissue:
         mask = self._mask
         values = coefficients.permute(0, 2, 3, 1)  # (x, z, y, k)
         inside = values[mask]  # (v, k)
-        if self._mixing is not None:
-            inside = inside @ self._mixing.to(inside).T  # (v, l)
         also = None if contrasts is None else contrasts.permute(3, 1, 2, 0)[mask]  # (v, m)
         found = self._matcher(inside, also, weights, self._field)
-        signals = self._matcher.signals(found, self._field)  # (v, l)
-        if self._mixing is not None:
-            signals = signals @ self._mixing.conj().to(signals)
+        signals = self._matcher.signals(found, self._field)  # (v, k)
         result = values.clone()
         result[mask] = signals.to(result.dtype)
         images = self._matcher.contrasts(found)  # (v, m)
