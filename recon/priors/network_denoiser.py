@@ -105,7 +105,7 @@ class PatchwiseNetwork:
             ValueError: if it is smaller than any that the network was trained on.
         """
         description = self.trained.description
-        _check_grid(description, grid)
+        check_grid(description, grid)
         patch = self.patch
         if patch is None:
             patch = patch_size(description)
@@ -203,7 +203,24 @@ def check_contrasts(
             _class_of(modality, description.modalities)
     for level in levels:
         nearest_level(description.noise_levels, level)
-    _check_grid(description, grid)
+    check_grid(description, grid)
+
+
+def check_grid(description: NetworkDescription, grid: Size) -> None:
+    """Refuse volumes smaller than any that a network was trained on.
+
+    Args:
+        description: of the network.
+        grid: voxels (z, y, x).
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if any(size < least for size, least in zip(grid, description.least, strict=True)):
+        raise ValueError(
+            f"a volume of {_size(grid)} voxels (z, y, x) is smaller than {_size(description.least)}, the "
+            f"least that the {_spoken(description)} takes"
+        )
 
 
 @dataclass(frozen=True)
@@ -243,14 +260,6 @@ class NetworkDenoiser:
         network = PatchwiseNetwork(self.trained, self.device, self.patch, self.precision)
         denoised = network.denoise((images / scale)[:, None], level, classes, generator)[:, 0]
         return denoised.to(images.device, images.dtype) * scale
-
-
-def _check_grid(description: NetworkDescription, grid: Size) -> None:
-    if any(size < least for size, least in zip(grid, description.least, strict=True)):
-        raise ValueError(
-            f"a volume of {_size(grid)} voxels (z, y, x) is smaller than {_size(description.least)}, the "
-            f"least that the {_spoken(description)} takes"
-        )
 
 
 def _class_of(modality: str, known: Sequence[str]) -> int:

@@ -24,6 +24,7 @@ from quantitron.recon.networks.trained_network import NetworkDescription, Networ
 from quantitron.recon.priors.network_denoiser import PatchwiseNetwork
 from quantitron.recon.priors.series_denoiser import (
     as_trained,
+    check_series_grid,
     check_series_network,
     from_trained,
     series_intensity,
@@ -51,9 +52,9 @@ class ArtifactRemoval(FingerprintSolver):
         return NetworkRequest(KIND, self.weights)
 
     def check_network(self, network: NetworkDescription, encoding: Encoding, protocol: Protocol) -> None:
-        """Refuse a network of other channels or for another protocol."""
-        del encoding
+        """Refuse a network of other channels, for larger slices or for another protocol."""
         check_series_network(network, KIND)
+        check_series_grid(network, encoding.matrix)
         check_protocol(network, protocol)
 
     def solve(self, problem: FingerprintProblem, progress: Progress) -> Iterator[Maps]:
