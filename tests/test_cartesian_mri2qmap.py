@@ -156,25 +156,38 @@ def solve(solver, problem: Problem) -> Maps:
 
 
 SETTINGS = {
-    "rounds": 8,
+    "rounds": 4,
+    "iterations": 6,
     "first_level": 0.05,
     "last_level": 0.01,
     "penalty": 30.0,
     "t1w_weight": 0.1,
-    "t2w_weight": 0.1,
+    "t2w_weight": 0.03,
     "pdw_weight": 0.1,
     "field_share": 1.0,
 }
 """More penalty than the preset: plain ellipses may be restored harder than a head."""
 
 
-def test_denoised_with_total_variation_maps_are_closer_than_linear_ones():
-    """Measured NRMSE [%], T1 / T2 / T2*: 3.4 / 3.4 / 5.2, linear 4.1 / 3.8 / 7.4."""
+@pytest.mark.parametrize(
+    ("denoiser", "t1", "t2"),
+    [("tv", 0.96, 1.02), ("bm4d", 0.92, 0.95)],
+)
+def test_denoised_without_learned_weights_the_rounds_gain(monkeypatch, denoiser, t1, t2):
+    """Over where they start, few edges by ``lrtv``, and over the linear estimate.
+
+    Measured NRMSE [%], T1 / T2 / T2*: linear 4.1 / 3.8 / 7.4, start 3.5 / 3.2 / 5.2, tv 3.3 / 3.2 / 5.2, bm4d
+    3.1 / 2.9 / 5.2.
+    """
     problem, truth, mask = scan()
-    maps = solve(CartesianMri2Qmap(denoiser="tv", **SETTINGS), problem)
+    maps = solve(CartesianMri2Qmap(denoiser=denoiser, **SETTINGS), problem)
     linear = solve(Subspace(), problem)
+    monkeypatch.setattr(CartesianMri2Qmap, "agree", lambda _, estimate, *__: estimate.coefficients)
+    start = solve(CartesianMri2Qmap(denoiser=denoiser, **SETTINGS), problem)
     assert maps.failed_voxels == 0
-    for name, share in (("t1", 0.92), ("t2", 0.96), ("t2star", 0.8)):
+    for name, share in (("t1", t1), ("t2", t2), ("t2star", 1.01)):
+        assert map_error(maps, truth, mask, name) < share * map_error(start, truth, mask, name), name
+    for name, share in (("t1", 0.85), ("t2", 0.9), ("t2star", 0.8)):
         assert map_error(maps, truth, mask, name) < share * map_error(linear, truth, mask, name), name
 
 

@@ -15,6 +15,7 @@ from quantitron.recon.networks.trained_network import NetworkDescription, Traine
 from quantitron.recon.signal.spin_echo import spin_echo_images
 from quantitron.recon.solvers.mri2qmap import FingerprintMri2Qmap
 from quantitron.recon.solvers.nearest_tissue import NearestTissue
+from quantitron.recon.solvers.subspace import FingerprintSubspace
 
 MODALITIES = ("T1w", "T2w", "PDw")
 LEVELS = (0.01, 0.03, 0.1, 0.3)
@@ -100,10 +101,14 @@ def test_images_restored_to_the_truth_bring_the_maps_there():
 
 @pytest.mark.parametrize("denoiser", ["tv", "bm4d"])
 def test_no_learned_weights_are_needed(undersampled, denoiser):
-    maps = solved(replace(FAST, denoiser=denoiser), undersampled)
+    """Measured error of T1 and T2: linear 14.1 %, rounds without denoising 14.0, with tv 13.3, bm4d 13.4."""
+    solver = replace(FAST, penalty=10.0)
+    maps = solved(replace(solver, denoiser=denoiser), undersampled)
     inside = maps.values["t2"][0][undersampled.mask]
     assert float(inside.isfinite().float().mean()) > 0.95
-    assert error(maps, undersampled) < 1.3 * error(rounds_maps(FAST, undersampled, Recorder()), undersampled)
+    found = error(maps, undersampled)
+    assert found < 0.97 * error(solved(FingerprintSubspace(), undersampled), undersampled)
+    assert found < 0.975 * error(rounds_maps(solver, undersampled, Recorder()), undersampled)
 
 
 FAST = FingerprintMri2Qmap(rounds=4, iterations=6, first_level=0.1, last_level=0.02)
