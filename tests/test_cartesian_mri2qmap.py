@@ -15,9 +15,11 @@ from quantitron.recon.data import Maps, Problem
 from quantitron.recon.joint_match import JointMatcher
 from quantitron.recon.signal.models import signal
 from quantitron.recon.signal.spin_echo import SpinEchoProtocol, spin_echo_images, spin_echo_signal
-from quantitron.recon.solvers import CartesianMri2Qmap, Subspace
+from quantitron.recon.solvers import CartesianMri2Qmap, Subspace, mri2qmap
+from quantitron.recon.solvers.mri2qmap import Agreement
 from quantitron.recon.solvers.nearest_contrast import NearestContrast, contrast_table, echo_side
-from quantitron.recon.solvers.nearest_tissue import NearestTissue
+from quantitron.recon.solvers.nearest_tissue import NearestTissue, Tissue
+from quantitron.recon.solvers.tissue_maps import with_tissue
 from quantitron.recon.temporal_basis import dictionary_basis
 
 PROTOCOL = PROTOCOLS["t2ir_gre"]
@@ -169,6 +171,11 @@ SETTINGS = {
 """More penalty than the preset: plain ellipses may be restored harder than a head."""
 
 
+def _start(_solver, estimate, nearest, *_) -> Agreement:
+    """In place of the rounds."""
+    return Agreement(estimate.coefficients, nearest(estimate.coefficients))
+
+
 @pytest.mark.parametrize(
     ("denoiser", "t1", "t2"),
     [("tv", 0.96, 1.02), ("bm4d", 0.92, 0.95)],
@@ -182,7 +189,7 @@ def test_denoised_without_learned_weights_the_rounds_gain(monkeypatch, denoiser,
     problem, truth, mask = scan()
     maps = solve(CartesianMri2Qmap(denoiser=denoiser, **SETTINGS), problem)
     linear = solve(Subspace(), problem)
-    monkeypatch.setattr(CartesianMri2Qmap, "agree", lambda _, estimate, *__: estimate.coefficients)
+    monkeypatch.setattr(CartesianMri2Qmap, "agree", _start)
     start = solve(CartesianMri2Qmap(denoiser=denoiser, **SETTINGS), problem)
     assert maps.failed_voxels == 0
     for name, share in (("t1", t1), ("t2", t2), ("t2star", 1.01)):
@@ -210,3 +217,25 @@ def test_a_network_that_did_not_come_is_one_sentence():
     problem, *_ = scan()
     with pytest.raises(ValueError, match="needs a trained network"):
         solve(CartesianMri2Qmap(), problem)
+
+
+def test_joint_maps_are_the_tissue_that_was_found_last(monkeypatch):
+    """T1 and T2; PD, which T2* weighs there, and T2* are those of the images."""
+    problem, *_ = scan()
+    handed: list[tuple[Maps, Tissue]] = []
+
+    def listening(maps: Maps, tissue: Tissue, names: tuple[str, ...]) -> Maps:
+        handed.append((maps, tissue))
+        return with_tissue(maps, tissue, names)
+
+    monkeypatch.setattr(mri2qmap, "with_tissue", listening)
+    settings = {**SETTINGS, "rounds": 1, "iterations": 2}
+    joint = solve(CartesianMri2Qmap(denoiser="tv", **settings, maps_from="joint"), problem)
+    ((series, tissue),) = handed
+    inside = joint.mask[0] & (tissue.atom >= 0) & joint.values["t1"][0].isfinite()
+    assert inside.float().mean() > 0.2
+    for name, found in (("t1", tissue.t1), ("t2", tissue.t2)):
+        assert torch.equal(joint.values[name][0][inside], found[inside]), name
+        assert not torch.equal(joint.values[name][0][inside], series.values[name][0][inside]), name
+    for name in ("pd", "t2star"):
+        assert torch.equal(joint.values[name][0][inside], series.values[name][0][inside]), name

@@ -78,6 +78,9 @@ def nearest_level(levels: Sequence[float], level: float) -> float:
 def patch_size(description: NetworkDescription) -> Size:
     """Patches as large as is cheap: the fewer seams, the better.
 
+    MRI2Qmap cuts every volume into patches side by side, after a random shift that keeps their borders from
+    staying; what fits into one of these patches has no borders.
+
     Attention over more voxels than in training would be another network, so that one with attention gets
     patches of the size that it was trained on.
     """
@@ -272,7 +275,11 @@ def _class_of(modality: str, known: Sequence[str]) -> int:
 
 
 def _draw_shift(tiling: Tiling, generator: torch.Generator) -> Size:
-    """Anywhere within a patch; along an axis that is one patch there is no seam to move, but one to make."""
+    """Anywhere within a patch; along an axis that is one patch there is no seam to move, but one to make.
+
+    MRI2Qmap shifts every volume in every round, which it calls an augmentation too. Along an axis that one
+    patch covers that is left out here: opposite edges would meet in its middle.
+    """
     drawn = torch.rand(3, generator=generator).tolist()
     z, y, x = (
         int(share * length) if moves else 0
