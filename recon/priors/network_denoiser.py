@@ -122,16 +122,14 @@ class PatchwiseNetwork:
         level: float,
         modality: Tensor | None = None,
         generator: torch.Generator | None = None,
-        overlap: bool = False,
     ) -> Tensor:
-        """D(x), of patches side by side that are shifted at random, or of patches that overlap.
+        """D(x), of patches side by side that are shifted at random.
 
         Args:
             volumes: (m, c, z, y, x) real, intensities normalised as in training.
             level: standard deviation of the noise; the nearest one of the training is taken.
             modality: (m,) int64 class, where the network is conditioned on it.
             generator: source of the shift, on the CPU; None: no shift.
-            overlap: whether patches overlap by half and are averaged, in place of a shift.
 
         Returns:
             (m, c, z, y, x) float32, finite.
@@ -141,8 +139,8 @@ class PatchwiseNetwork:
                 far from those of the training.
         """
         sigma = nearest_level(self.trained.description.noise_levels, level)
-        tiling = self.tiling(_grid(volumes), overlap)
-        shift = _draw_shift(tiling, generator) if generator is not None and not overlap else (0, 0, 0)
+        tiling = self.tiling(_grid(volumes))
+        shift = _draw_shift(tiling, generator) if generator is not None else (0, 0, 0)
         classes = None if modality is None else modality.to(self.device)
 
         def apply(patches: Tensor, number: Tensor) -> Tensor:
@@ -152,12 +150,11 @@ class PatchwiseNetwork:
 
         return self._push(apply, volumes, tiling, shift)
 
-    def map(self, volumes: Tensor, overlap: bool = True) -> Tensor:
+    def map(self, volumes: Tensor) -> Tensor:
         """What a network without conditions makes of volumes, of patches that overlap by half.
 
         Args:
             volumes: (m, c, z, y, x) real, normalised as in training.
-            overlap: False lays patches side by side.
 
         Returns:
             (m, c', z, y, x) float32, finite.
@@ -165,7 +162,7 @@ class PatchwiseNetwork:
         Raises:
             ValueError: if the volumes or the result are not finite, or the volumes too small.
         """
-        tiling = self.tiling(_grid(volumes), overlap)
+        tiling = self.tiling(_grid(volumes), overlap=True)
         return self._push(lambda patches, _: self.trained.network(patches).float(), volumes, tiling)
 
     def _push(
