@@ -80,7 +80,8 @@ class ScanPlan:
     def visited(self) -> float:
         """Samples of all distinct readouts over voxels (see ``recon.scan_conditions``)."""
         played = len(acquired_interleaves(self.interleaves, self.acquired))
-        return played * spirals(self).shape[1] / math.prod(self.matrix)
+        samples = int(spirals(self).shape[1])
+        return played * samples / math.prod(self.matrix)
 
     @property
     def encoding(self) -> Encoding:

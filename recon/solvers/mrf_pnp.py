@@ -66,7 +66,7 @@ class PlugAndPlay(FingerprintSolver):
     """Conjugate gradient steps in each of them."""
     first_level: float = field(default=0.1, metadata={"above": 0})
     """Noise level of the first round, relative to the intensity of the strongest component. A network did
-    best from 0.3 to 0.05 on scans 8-fold undersampled."""
+    best from 0.3 to 0.05 on scans 8-fold undersampled; it must have been trained up to there."""
     last_level: float = field(default=0.02, metadata={"above": 0})
     """Noise level of the last one; those between are spaced evenly in the logarithm."""
     penalty: float = field(default=1.0, metadata={"above": 0})
