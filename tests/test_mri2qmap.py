@@ -232,7 +232,9 @@ def test_joint_maps_are_the_tissue_that_was_found_last(undersampled):
     solver = replace(FAST, rounds=2, denoiser="tv", maps_from="joint", standard_deviations=True)
     maps = solved(solver, undersampled)
     estimate = solver.linear_estimate(undersampled.problem, quiet)
-    tissue = solver.agreed(estimate, undersampled.problem.seed, quiet).tissue
+    agreed = solver.agreed(estimate, undersampled.problem.seed, quiet)
+    assert torch.equal(solver.refine(estimate, undersampled.problem.seed, quiet), agreed.coefficients)
+    tissue = agreed.tissue
     inside = maps.mask[0] & (tissue.atom >= 0) & (tissue.pd.abs() > 0)
     assert float(inside[undersampled.mask].float().mean()) > 0.95
     for name, found in (("t1", tissue.t1), ("t2", tissue.t2), ("pd", tissue.pd.abs())):

@@ -216,6 +216,10 @@ class FingerprintMri2Qmap(WeightedImagePriors, FingerprintSolver):
         yield with_tissue(maps, agreed.tissue, ("t1", "t2", "pd")) if self.maps_from == "joint" else maps
         progress("done", 1.0)
 
+    def refine(self, estimate: FingerprintEstimate, seed: int, progress: Progress) -> Tensor:
+        """U (x, k, z, y) of the last round."""
+        return self.agreed(estimate, seed, progress).coefficients
+
     def agreed(self, estimate: FingerprintEstimate, seed: int, progress: Progress) -> Agreement:
         """Rounds from the linear estimate on.
 
@@ -251,6 +255,10 @@ class CartesianMri2Qmap(WeightedImagePriors, CartesianSolver):
         # The tissue's PD is weighted by T2* here, which it knows nothing of.
         yield with_tissue(maps, agreed.tissue, ("t1", "t2")) if self.maps_from == "joint" else maps
         progress("done", 1.0)
+
+    def refine(self, estimate: LinearEstimate, seed: int, progress: Progress) -> Tensor:
+        """U (x, k, z, y) of the last round."""
+        return self.agreed(estimate, seed, progress).coefficients
 
     def agreed(self, estimate: LinearEstimate, seed: int, progress: Progress) -> Agreement:
         """Rounds from images with few edges on, whose echo trains are kept.
