@@ -25,7 +25,7 @@ code is 1 then.
 
 ablation: mri2qmap without each modality in turn; fixed and annealed schedules from several first levels over
 several numbers of rounds; conjugate gradient steps a round; all atoms against groups; TV and BM4D in place
-of the network; start, prior and weights as published.
+of the network; start, prior, weights and maps as published.
 
 parts: one reconstruction by mri2qmap (or what --base names) in this process: seconds and peak memory, of the
 GPU where there is one, of each step.
@@ -272,10 +272,12 @@ def published(_settings: dict[str, object], _arguments: argparse.Namespace) -> I
     """What is done in another way than the paper has it, each in its way, then all."""
     start, prior = "start=least_squares", "field_share=0"
     weights = "+".join(f"{modality.lower()}_weight=1" for modality in MODALITIES)
+    maps = "maps_from=joint"
     yield "start as published", start
     yield "no prior of the field", prior
     yield "weights as published", weights
-    yield "all as published", f"{start}+{prior}+{weights}"
+    yield "maps as published", maps
+    yield "all as published", f"{start}+{prior}+{weights}+{maps}"
 
 
 def denoiser(settings: dict[str, object], _arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:

@@ -26,3 +26,11 @@ def numbers(
             f"{text!r} is not {count or 'a list of'} {what} with commas between", param_hint=option
         )
     return values
+
+
+def noise_levels(text: str, option: str) -> tuple[float, float, int]:
+    """Lowest and highest noise level, and how many, of an option."""
+    low, high, count = numbers(text, float, 3, option) or (0.0, 0.0, 0.0)
+    if not count.is_integer():
+        raise typer.BadParameter(f"{text!r} asks for {count:g} levels, not a whole number", param_hint=option)
+    return low, high, int(count)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from quantitron.host.options import Json, Overwrite, numbers
+from quantitron.host.options import Json, Overwrite, noise_levels, numbers
 
 logger = logging.getLogger("quantitron")
 
@@ -78,7 +78,6 @@ def train_denoiser(
 
     plane = numbers(slice_size, int, 2, "--slice-size")
     slab = numbers(slab_size, int, 3, "--slab-size")
-    low, high, count = numbers(levels, float, 3, "--levels") or ()
     factor = numbers(intensity, float, 2, "--intensity")
     features = numbers(channels, int, None, "--channels")
     attended = (
@@ -104,7 +103,7 @@ def train_denoiser(
         },
         augmentation={"intensity": factor, "bias": bias, "turned": turned},
         options={
-            "levels": (low, high, int(count)),
+            "levels": noise_levels(levels, "--levels"),
             "held_out": held_out,
             "voxel_size": voxel_size,
             "note": note,
@@ -143,7 +142,9 @@ class SeriesOptions:
     patch: Annotated[str, typer.Option(help="y,x voxels of a patch.")] = "96,96"
     batch: Annotated[int, typer.Option(min=1, help="Patches of a step.")] = 12
     rate: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 1e-3
-    held_out: Annotated[float, typer.Option(help="Share of the slices that validates.")] = 0.1
+    held_out: Annotated[
+        float, typer.Option(help="Share that validates: an end of each phantom, or of 5 and more whole ones.")
+    ] = 0.1
     validate_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 500
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0
     resume: Annotated[
@@ -213,11 +214,10 @@ def train_series_denoiser(
     options: SeriesOptions,
     levels: Annotated[
         str, typer.Option(help="Lowest and highest noise level (1 is the intensity), and how many.")
-    ] = "0.002,0.1,12",
+    ] = "0.002,0.5,16",
 ) -> None:
     """Train the network of mrf_pnp: what the coefficient images of one protocol look like without noise."""
-    low, high, count = numbers(levels, float, 3, "--levels") or ()
-    _train_series("series_denoiser", options, levels=(low, high, int(count)))
+    _train_series("series_denoiser", options, levels=noise_levels(levels, "--levels"))
 
 
 def _train_series(

@@ -15,9 +15,11 @@ from quantitron.recon.data import Maps, Problem
 from quantitron.recon.joint_match import JointMatcher
 from quantitron.recon.signal.models import signal
 from quantitron.recon.signal.spin_echo import SpinEchoProtocol, spin_echo_images, spin_echo_signal
-from quantitron.recon.solvers import CartesianMri2Qmap, Subspace
+from quantitron.recon.solvers import CartesianMri2Qmap, Subspace, mri2qmap
+from quantitron.recon.solvers.mri2qmap import Agreement
 from quantitron.recon.solvers.nearest_contrast import NearestContrast, contrast_table, echo_side
-from quantitron.recon.solvers.nearest_tissue import NearestTissue
+from quantitron.recon.solvers.nearest_tissue import NearestTissue, Tissue
+from quantitron.recon.solvers.tissue_maps import with_tissue
 from quantitron.recon.temporal_basis import dictionary_basis
 
 PROTOCOL = PROTOCOLS["t2ir_gre"]
@@ -156,25 +158,43 @@ def solve(solver, problem: Problem) -> Maps:
 
 
 SETTINGS = {
-    "rounds": 8,
+    "rounds": 4,
+    "iterations": 6,
     "first_level": 0.05,
     "last_level": 0.01,
     "penalty": 30.0,
     "t1w_weight": 0.1,
-    "t2w_weight": 0.1,
+    "t2w_weight": 0.03,
     "pdw_weight": 0.1,
     "field_share": 1.0,
 }
 """More penalty than the preset: plain ellipses may be restored harder than a head."""
 
 
-def test_denoised_with_total_variation_maps_are_closer_than_linear_ones():
-    """Measured NRMSE [%], T1 / T2 / T2*: 3.4 / 3.4 / 5.2, linear 4.1 / 3.8 / 7.4."""
+def _start(_solver, estimate, nearest, *_) -> Agreement:
+    """In place of the rounds."""
+    return Agreement(estimate.coefficients, nearest(estimate.coefficients))
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "t1", "t2"),
+    [("tv", 0.96, 1.02), ("bm4d", 0.92, 0.95)],
+)
+def test_denoised_without_learned_weights_the_rounds_gain(monkeypatch, denoiser, t1, t2):
+    """Over where they start, few edges by ``lrtv``, and over the linear estimate.
+
+    Measured NRMSE [%], T1 / T2 / T2*: linear 4.1 / 3.8 / 7.4, start 3.5 / 3.2 / 5.2, tv 3.3 / 3.2 / 5.2, bm4d
+    3.1 / 2.9 / 5.2.
+    """
     problem, truth, mask = scan()
-    maps = solve(CartesianMri2Qmap(denoiser="tv", **SETTINGS), problem)
+    maps = solve(CartesianMri2Qmap(denoiser=denoiser, **SETTINGS), problem)
     linear = solve(Subspace(), problem)
+    monkeypatch.setattr(CartesianMri2Qmap, "agree", _start)
+    start = solve(CartesianMri2Qmap(denoiser=denoiser, **SETTINGS), problem)
     assert maps.failed_voxels == 0
-    for name, share in (("t1", 0.92), ("t2", 0.96), ("t2star", 0.8)):
+    for name, share in (("t1", t1), ("t2", t2), ("t2star", 1.01)):
+        assert map_error(maps, truth, mask, name) < share * map_error(start, truth, mask, name), name
+    for name, share in (("t1", 0.85), ("t2", 0.9), ("t2star", 0.8)):
         assert map_error(maps, truth, mask, name) < share * map_error(linear, truth, mask, name), name
 
 
@@ -197,3 +217,25 @@ def test_a_network_that_did_not_come_is_one_sentence():
     problem, *_ = scan()
     with pytest.raises(ValueError, match="needs a trained network"):
         solve(CartesianMri2Qmap(), problem)
+
+
+def test_joint_maps_are_the_tissue_that_was_found_last(monkeypatch):
+    """T1 and T2; PD, which T2* weighs there, and T2* are those of the images."""
+    problem, *_ = scan()
+    handed: list[tuple[Maps, Tissue]] = []
+
+    def listening(maps: Maps, tissue: Tissue, names: tuple[str, ...]) -> Maps:
+        handed.append((maps, tissue))
+        return with_tissue(maps, tissue, names)
+
+    monkeypatch.setattr(mri2qmap, "with_tissue", listening)
+    settings = {**SETTINGS, "rounds": 1, "iterations": 2}
+    joint = solve(CartesianMri2Qmap(denoiser="tv", **settings, maps_from="joint"), problem)
+    ((series, tissue),) = handed
+    inside = joint.mask[0] & (tissue.atom >= 0) & joint.values["t1"][0].isfinite()
+    assert inside.float().mean() > 0.2
+    for name, found in (("t1", tissue.t1), ("t2", tissue.t2)):
+        assert torch.equal(joint.values[name][0][inside], found[inside]), name
+        assert not torch.equal(joint.values[name][0][inside], series.values[name][0][inside]), name
+    for name in ("pd", "t2star"):
+        assert torch.equal(joint.values[name][0][inside], series.values[name][0][inside]), name

@@ -387,16 +387,15 @@ def test_levels_are_rounded_in_ratio_and_far_ones_refused():
         nearest_level(LEVELS, 0.005)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_series_go_through_as_one_volume(overlap):
+def test_series_go_through_as_one_volume():
     volumes = _random(1, 4, 5, 20, 18)
     series = PatchwiseNetwork(trained("series_denoiser", in_channels=4, out_channels=4), patch=(8, 8, 8))
-    denoised = series.denoise(volumes, 0.1, None, _generator(), overlap)
+    denoised = series.denoise(volumes, 0.1, None, _generator())
     assert denoised.shape == volumes.shape
     assert denoised.dtype == torch.float32
     assert not denoised.is_inference()
     artifacts = PatchwiseNetwork(trained("artifact_removal", in_channels=4, out_channels=4), patch=(8, 8, 8))
-    assert artifacts.map(volumes, overlap).shape == volumes.shape
+    assert artifacts.map(volumes).shape == volumes.shape
 
 
 def test_patches_of_a_network_with_attention_are_those_of_its_training():

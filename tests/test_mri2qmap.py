@@ -14,7 +14,9 @@ from quantitron.recon.networks.conditional_unet import ConditionalUNet, UNetShap
 from quantitron.recon.networks.trained_network import NetworkDescription, TrainedNetwork
 from quantitron.recon.signal.spin_echo import spin_echo_images
 from quantitron.recon.solvers.mri2qmap import FingerprintMri2Qmap
-from quantitron.recon.solvers.nearest_tissue import NearestTissue
+from quantitron.recon.solvers.nearest_tissue import NearestTissue, Tissue
+from quantitron.recon.solvers.subspace import FingerprintSubspace
+from quantitron.recon.solvers.tissue_maps import with_tissue
 
 MODALITIES = ("T1w", "T2w", "PDw")
 LEVELS = (0.01, 0.03, 0.1, 0.3)
@@ -68,7 +70,7 @@ def rounds(solver: FingerprintMri2Qmap, scan: FingerprintScan, denoise) -> Tenso
     """(x, k, z, y) with a denoiser of one's own."""
     estimate = solver.linear_estimate(scan.problem, quiet)
     nearest = NearestTissue.of_fingerprints(estimate, solver.match_groups, solver.spin_echoes)
-    return solver.agree(estimate, nearest, denoise, 0, quiet)
+    return solver.agree(estimate, nearest, denoise, 0, quiet).coefficients
 
 
 def trained(modalities: tuple[str, ...] = MODALITIES, least=(1, 16, 16)) -> TrainedNetwork:
@@ -100,10 +102,14 @@ def test_images_restored_to_the_truth_bring_the_maps_there():
 
 @pytest.mark.parametrize("denoiser", ["tv", "bm4d"])
 def test_no_learned_weights_are_needed(undersampled, denoiser):
-    maps = solved(replace(FAST, denoiser=denoiser), undersampled)
+    """Measured error of T1 and T2: linear 14.1 %, rounds without denoising 14.0, with tv 13.3, bm4d 13.4."""
+    solver = replace(FAST, penalty=10.0)
+    maps = solved(replace(solver, denoiser=denoiser), undersampled)
     inside = maps.values["t2"][0][undersampled.mask]
     assert float(inside.isfinite().float().mean()) > 0.95
-    assert error(maps, undersampled) < 1.3 * error(rounds_maps(FAST, undersampled, Recorder()), undersampled)
+    found = error(maps, undersampled)
+    assert found < 0.97 * error(solved(FingerprintSubspace(), undersampled), undersampled)
+    assert found < 0.975 * error(rounds_maps(solver, undersampled, Recorder()), undersampled)
 
 
 FAST = FingerprintMri2Qmap(rounds=4, iterations=6, first_level=0.1, last_level=0.02)
@@ -216,3 +222,55 @@ def test_settings_that_make_no_sense_are_refused():
         FingerprintMri2Qmap(first_level=0.01, last_level=0.02)
     with pytest.raises(ValueError, match="all 0"):
         FingerprintMri2Qmap(t1w_weight=0, t2w_weight=0, pdw_weight=0)
+
+
+# ---- maps of the last search
+
+
+def test_joint_maps_are_the_tissue_that_was_found_last(undersampled):
+    """T1, T2 and |PD| of line 9, on the grid of the dictionary."""
+    solver = replace(FAST, rounds=2, denoiser="tv", maps_from="joint", standard_deviations=True)
+    maps = solved(solver, undersampled)
+    estimate = solver.linear_estimate(undersampled.problem, quiet)
+    agreed = solver.agreed(estimate, undersampled.problem.seed, quiet)
+    assert torch.equal(solver.refine(estimate, undersampled.problem.seed, quiet), agreed.coefficients)
+    tissue = agreed.tissue
+    inside = maps.mask[0] & (tissue.atom >= 0) & (tissue.pd.abs() > 0)
+    assert float(inside[undersampled.mask].float().mean()) > 0.95
+    for name, found in (("t1", tissue.t1), ("t2", tissue.t2), ("pd", tissue.pd.abs())):
+        assert torch.equal(maps.values[name][0][inside], found[inside]), name
+    dictionary = undersampled.problem.dictionary
+    assert bool(torch.isin(maps.values["t1"][0][inside], dictionary.t1.float()).all())
+    assert not maps.standard_deviation  # those of the fit belong to other maps
+    series = solved(replace(solver, maps_from="series"), undersampled)
+    assert not bool(torch.isin(series.values["t1"][0][inside], dictionary.t1.float()).all())
+    assert set(series.standard_deviation) == {"t1", "t2", "pd"}
+    assert torch.equal(series.mask, maps.mask)
+
+
+def test_tissue_without_density_is_no_value():
+    """Where the weighted images contradict every atom, and where a map that stays has no value."""
+    grid = torch.ones(1, 1, 4)
+    tissue = Tissue(
+        atom=torch.tensor([[[5, 5, -1, 5]]]),
+        t1=2 * grid,
+        t2=0.2 * grid,
+        pd=torch.tensor([[[3j, 0, 0, 1]]]),
+        coefficients=torch.zeros(4, 1, 1, 1),
+        contrasts=torch.zeros(0, 1, 1, 4),
+    )
+    nan = float("nan")
+    maps = Maps(
+        values={"t1": grid[None], "pd": grid[None], "t2star": torch.tensor([[[[0.05, 0.05, 0.05, nan]]]])},
+        mask=torch.ones(1, 1, 1, 4, dtype=torch.bool),
+        standard_deviation={"t1": grid[None], "t2star": grid[None]},
+    )
+    found = with_tissue(maps, tissue, ("t1", "t2"))
+    torch.testing.assert_close(
+        found.values["t1"].flatten(), torch.tensor([2.0, nan, 1.0, nan]), equal_nan=True
+    )
+    torch.testing.assert_close(
+        found.values["pd"].flatten(), torch.tensor([1.0, nan, 1.0, nan]), equal_nan=True
+    )
+    assert found.failed_voxels == 2
+    assert set(found.standard_deviation) == {"t2star"}

@@ -533,10 +533,13 @@ def test_doctor_looks_for_the_networks(file, monkeypatch):
     assert "is not a safetensors file" in states["network artifact_removal"].detail
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_comes_with_the_package_is_whole(kind):
-    if not shipped_network(kind).is_file():
-        pytest.skip(f"no {kind} comes with this package")
+def test_the_network_of_mri2qmap_comes_with_the_package_and_no_other():
+    """The others are for one protocol each; this one has to be there."""
+    assert [kind for kind in KINDS if shipped_network(kind).is_file()] == ["contrast_denoiser"]
+
+
+def test_what_comes_with_the_package_is_whole():
+    kind = "contrast_denoiser"
     network = read_network(shipped_network(kind), kind)
     assert network.description.card
     assert shipped_network(kind).stat().st_size < 8 << 20

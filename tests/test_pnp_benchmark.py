@@ -263,7 +263,8 @@ def test_ablations_change_one_thing_each(monkeypatch):
     settings["match_groups"], arguments.only = 0, "matching,published"
     changes = [pipeline.removeprefix("mri2qmap:") for _, pipeline in pnp.ablations(arguments)[2:]]
     assert changes[:3] == ["match_groups=100", "start=least_squares", "field_share=0"]
-    assert changes[4] == "+".join(changes[1:4])
+    assert changes[4] == "maps_from=joint"
+    assert changes[5] == "+".join(changes[1:5])
     arguments.only = "modality"
     with pytest.raises(SystemExit, match="there is no ablation 'modality'"):
         pnp.ablations(arguments)

@@ -77,6 +77,13 @@ class ScanPlan:
         return cached_dictionary(self.protocol())
 
     @property
+    def visited(self) -> float:
+        """Samples of all distinct readouts over voxels (see ``recon.scan_conditions``)."""
+        played = len(acquired_interleaves(self.interleaves, self.acquired))
+        samples = int(spirals(self).shape[1])
+        return played * samples / math.prod(self.matrix)
+
+    @property
     def encoding(self) -> Encoding:
         """The grid of one slice."""
         (nx, ny), (fx, fy, fz) = self.matrix, self.fov

@@ -24,7 +24,8 @@ def card_text(name: str, description: NetworkDescription, checksum: str) -> str:
         lines += [str(card["note"]), ""]
     volumes = ", ".join(f"{count} {key}" for key, count in dict(data.get("volumes", {})).items())
     rows = {
-        "trained on": f"{volumes} volumes, {data.get('held_out')} held out (by {data.get('held_out_by')})",
+        "trained on": f"{volumes}{'' if 'phantoms' in data.get('volumes', {}) else ' volumes'}, "
+        f"{data.get('held_out')} held out (by {data.get('held_out_by')})",
         "checksum of the data": data.get("sha256"),
         "checksum of the weights": checksum,
         "network": f"U-Net, channels {_listed(shape.channels)}, {shape.blocks} blocks, attention on "
@@ -45,17 +46,25 @@ def card_text(name: str, description: NetworkDescription, checksum: str) -> str:
     lines += ["Options: " + ", ".join(f"{key} {value}" for key, value in options.items()) + ".", ""]
     validation = dict(card.get("validation", {}))
     for kind in ("slices", "slabs"):
-        lines += _table(kind, dict(validation.get(kind, {})))
+        lines += _table(description.kind, kind, dict(validation.get(kind, {})))
     return "\n".join(lines)
 
 
-def _table(kind: str, by_modality: dict[str, dict[str, list[float]]]) -> list[str]:
-    """PSNR of noisy and denoised patches."""
+def _table(purpose: str, kind: str, by_modality: dict[str, dict[str, list[float]]]) -> list[str]:
+    """What validation measured before and after the network: PSNR, or of artifacts their energy."""
     if not by_modality:
         return []
     names = list(by_modality)
-    lines = [f"PSNR of held out {kind} in dB, noisy -> denoised (peak 1, the 99.5th percentile):", ""]
-    lines += [f"| noise | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    if purpose == "artifact_removal":
+        said = (
+            f"Energy of the artifacts that were learned from over the error of held out {kind} in dB, "
+            "reconstructed -> restored:"
+        )
+        first = ""
+    else:
+        said = f"PSNR of held out {kind} in dB, noisy -> denoised (peak 1, the 99.5th percentile):"
+        first = "noise"
+    lines = [said, "", f"| {first} | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     for level in by_modality[names[0]]:
         cells = [f"{by_modality[name][level][0]:.2f} -> {by_modality[name][level][1]:.2f}" for name in names]
         lines.append(f"| {level} | {' | '.join(cells)} |")

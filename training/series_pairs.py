@@ -92,6 +92,23 @@ class PairPlan:
         if self.slices < 1:
             raise ScanError(f"{self.slices} slices of each phantom are none to learn from")
 
+    def places(self, phantoms: int) -> list[tuple[int, int]]:
+        """Numbers of phantom and slice of all slices."""
+        return [(number, place) for number in range(phantoms) for place in range(self.slices)]
+
+    def check_components(self) -> None:
+        """Refuse more coefficient images than the protocol's fingerprints have. Needs the dictionary.
+
+        Raises:
+            ScanError: in one sentence.
+        """
+        rank = self.scans[0].dictionary().basis(self.rank).rank
+        if self.components > rank:
+            raise ScanError(
+                f"{self.components} components are more than the {rank} coefficient images in which the "
+                f"fingerprints of this protocol are reconstructed; learn from {rank} or fewer"
+            )
+
 
 def simulate_pairs(
     phantoms: Sequence[Path | str],
@@ -99,7 +116,8 @@ def simulate_pairs(
     solver: FingerprintSolver,
     folder: Path,
     progress: Callable[[int, int], None] | None = None,
-) -> list[SeriesPair]:
+    places: Sequence[tuple[int, int]] | None = None,
+) -> list[list[SeriesPair]]:
     """Simulate what is not in the folder yet, and read all of it.
 
     Args:
@@ -108,47 +126,55 @@ def simulate_pairs(
         solver: whose estimate is learned from.
         folder: of the pairs; made where absent.
         progress: told how many of how many there are.
+        places: numbers of phantom and slice of those that are wanted, phantom by phantom; None: all.
+
+    Returns:
+        For each place the pairs of its scans.
 
     Raises:
         ScanError: if a phantom or the plan makes no sense, or the folder cannot be written.
     """
+    places = plan.places(len(phantoms)) if places is None else places
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ScanError(f"the folder {folder} cannot be made: {error.strerror}") from error
-    total = len(phantoms) * plan.slices * len(plan.scans)
-    pairs: list[SeriesPair] = []
+    total = len(places) * len(plan.scans)
+    found: list[list[SeriesPair]] = []
+    anatomies = _Anatomies(phantoms)
     dictionary: FingerprintDictionary | None = None
-    for number, phantom in enumerate(phantoms):
-        anatomy: Anatomy | None = None
-        for place in range(plan.slices):
-            for scan_number, scan in enumerate(plan.scans):
-                seed = _seed(plan.seed, number, place, scan_number)
-                name = _name(phantom, scan, plan, solver, place, seed)
-                pair = _read(folder / name)
-                if pair is None:
-                    anatomy = anatomy or load_anatomy(phantom)
-                    dictionary = dictionary or scan.dictionary()
-                    height, phase = _drawn(plan, place, seed)
-                    placed = place_slice(
-                        anatomy,
-                        scan,
-                        dictionary.basis(plan.rank),
-                        height=height,
-                        receive_phase=phase,
-                        seed=seed,
-                    )
-                    simulated = simulate_slice(placed, scan, dictionary, seed)
-                    pair = reconstructed_pair(simulated, solver, plan.components)
-                    _write(folder / name, pair)
-                pairs.append(pair)
-                if progress is not None:
-                    progress(len(pairs), total)
-    return pairs
+    for number, place in places:
+        pairs: list[SeriesPair] = []
+        for scan_number, scan in enumerate(plan.scans):
+            seed = _seed(plan.seed, number, place, scan_number)
+            name = _name(phantoms[number], scan, plan, solver, place, seed)
+            pair = _read(folder / name)
+            if pair is None:
+                dictionary = dictionary or scan.dictionary()
+                height, phase = _drawn(plan, place, seed)
+                placed = place_slice(
+                    anatomies[number],
+                    scan,
+                    dictionary.basis(plan.rank),
+                    height=height,
+                    receive_phase=phase,
+                    seed=seed,
+                )
+                simulated = simulate_slice(placed, scan, dictionary, seed)
+                pair = reconstructed_pair(simulated, solver, plan.components)
+                _write(folder / name, pair)
+            pairs.append(pair)
+            if progress is not None:
+                progress(len(found) * len(plan.scans) + len(pairs), total)
+        found.append(pairs)
+    return found
 
 
 def clean_series(
-    phantoms: Sequence[Path | str], plan: PairPlan, progress: Callable[[int, int], None] | None = None
+    phantoms: Sequence[Path | str],
+    plan: PairPlan,
+    progress: Callable[[int, int], None] | None = None,
+    places: Sequence[tuple[int, int]] | None = None,
 ) -> list[Tensor]:
     """Perfect images of slices, in the canonical form, as a network that removes noise learns from.
 
@@ -156,6 +182,7 @@ def clean_series(
         phantoms: ``mni`` or ``FILE.npz``.
         plan: of the slices; of its scans only the first one's object and grid matter.
         progress: told how many of how many there are.
+        places: as of ``simulate_pairs``.
 
     Returns:
         (2K, z, y, x) float32 each.
@@ -167,20 +194,33 @@ def clean_series(
     dictionary = scan.dictionary()
     basis = dictionary.basis(plan.rank)
     dz, dy, dx = scan.encoding.voxel_size
-    total = len(phantoms) * plan.slices
+    places = plan.places(len(phantoms)) if places is None else places
     found: list[Tensor] = []
-    for number, phantom in enumerate(phantoms):
-        anatomy = load_anatomy(phantom)
-        for place in range(plan.slices):
-            seed = _seed(plan.seed, number, place, 0)
-            height, phase = _drawn(plan, place, seed)
-            placed = place_slice(anatomy, scan, basis, height=height, receive_phase=phase, seed=seed)
-            images = placed.combined()
-            axes = tissue_axes(basis, dictionary, plan.components).axes
-            found.append(canonical_series(images, axes, (dx, dz, dy)).images(images))
-            if progress is not None:
-                progress(len(found), total)
+    anatomies = _Anatomies(phantoms)
+    for number, place in places:
+        seed = _seed(plan.seed, number, place, 0)
+        height, phase = _drawn(plan, place, seed)
+        placed = place_slice(anatomies[number], scan, basis, height=height, receive_phase=phase, seed=seed)
+        images = placed.combined()
+        axes = tissue_axes(basis, dictionary, plan.components).axes
+        found.append(canonical_series(images, axes, (dx, dz, dy)).images(images))
+        if progress is not None:
+            progress(len(found), len(places))
     return found
+
+
+class _Anatomies:
+    """Phantoms by number, the last one kept: slices come phantom by phantom."""
+
+    def __init__(self, phantoms: Sequence[Path | str]) -> None:
+        self._phantoms = phantoms
+        self._last: tuple[int, Anatomy] | None = None
+
+    def __getitem__(self, number: int) -> Anatomy:
+        if self._last is None or self._last[0] != number:
+            self._last = None  # never two of them in memory
+            self._last = (number, load_anatomy(self._phantoms[number]))
+        return self._last[1]
 
 
 def _drawn(plan: PairPlan, place: int, seed: int) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import datetime
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +24,9 @@ from quantitron.recon.canonical_series import protocol_checksum
 from quantitron.recon.device import choose_device
 from quantitron.recon.networks.conditional_unet import ConditionalUNet, UNetShape
 from quantitron.recon.networks.trained_network import NetworkDescription
-from quantitron.recon.solvers.arnet import ArtifactRemoval
+from quantitron.recon.priors.series_denoiser import series_intensity
+from quantitron.recon.scan_conditions import ScanConditions, conditions_card
+from quantitron.recon.solvers.arnet import TRAINED_ON, ArtifactRemoval
 from quantitron.training.batch import Sampler
 from quantitron.training.denoiser_training import noise_loss
 from quantitron.training.loop import LoopSettings, Loss, Standing, Trained, Validate, train_network
@@ -41,6 +43,7 @@ from quantitron.training.series_batches import (
     restoration_loss,
 )
 from quantitron.training.series_pairs import PairPlan, clean_series, simulate_pairs
+from quantitron.training.slice_parting import part_slices
 
 logger = logging.getLogger("quantitron")
 
@@ -60,7 +63,7 @@ class SeriesTraining:
     """Residual blocks of each level."""
     loop: LoopSettings = field(default_factory=lambda: LoopSettings(steps=10000))
     patches: SeriesPatches = field(default_factory=SeriesPatches)
-    levels: tuple[float, float, int] = (0.002, 0.1, 12)
+    levels: tuple[float, float, int] = (0.002, 0.5, 16)
     """Lowest and highest noise level relative to the intensity, and how many; of the denoiser only."""
     held_out: float = 0.1
     """Share of the slices that validates."""
@@ -115,11 +118,26 @@ def train_artifact_removal(
         ScanError: if phantoms or scans make no sense, an output is there already, or the training failed.
     """
     run = _Run(phantoms, output, training, device, resume, overwrite, progress)
+    parting = run.parting
     pairs = simulate_pairs(
-        phantoms, training.slices, ArtifactRemoval(), output.with_suffix(".pairs"), simulated
+        phantoms,
+        training.slices,
+        ArtifactRemoval(),
+        output.with_suffix(".pairs"),
+        simulated,
+        parting.places,
     )
-    learned, held = _parted(pairs, training.held_out)
+    learned, held = (
+        [pair for number in parting.of(part) for pair in pairs[number]]
+        for part in (parting.learned, parting.held)
+    )
     energy = artifact_energy(learned)
+    solver = ArtifactRemoval().estimate_settings
+    conditions = [
+        ScanConditions(scan.coils, scan.visited, series_intensity(pair.reconstructed), solver)
+        for number in parting.of(parting.learned)
+        for scan, pair in zip(training.slices.scans, pairs[number], strict=True)
+    ]
     shape = training.shape(noise=False)
     network = ConditionalUNet(shape, torch.Generator().manual_seed(training.loop.seed))
     return run.train(
@@ -130,6 +148,7 @@ def train_artifact_removal(
         Restoration(held, energy, shape.multiple),
         (len(learned), len(held)),
         (),
+        {TRAINED_ON: conditions_card(conditions)},
     )
 
 
@@ -149,8 +168,11 @@ def train_series_denoiser(
     """
     levels = training.noise_levels
     run = _Run(phantoms, output, training, device, resume, overwrite, progress)
-    series = clean_series(phantoms, training.slices, simulated)
-    learned, held = _parted(series, training.held_out)
+    parting = run.parting
+    series = clean_series(phantoms, training.slices, simulated, parting.places)
+    learned, held = (
+        [series[number] for number in parting.of(part)] for part in (parting.learned, parting.held)
+    )
     shape = training.shape(noise=True)
     network = ConditionalUNet(shape, torch.Generator().manual_seed(training.loop.seed))
     sampler = CleanSampler(learned, levels, training.patches)
@@ -198,6 +220,7 @@ class _Run:
         for length in (*training.patches.size, *training.slices.scans[0].matrix):
             if length < 1 or length % multiple:
                 raise ScanError(f"patches and slices must be multiples of {multiple} voxels, not {length}")
+        self.parting = part_slices(len(phantoms), training.slices, training.held_out)
         self.protocol = training.slices.scans[0].protocol()
         self.data = hashlib.sha256()
         for phantom in phantoms:
@@ -207,6 +230,7 @@ class _Run:
             except OSError as error:
                 raise ScanError(f"the phantom {phantom} cannot be read: {error.strerror}") from error
         self.phantoms = len(phantoms)
+        training.slices.check_components()
 
     def train(
         self,
@@ -217,8 +241,9 @@ class _Run:
         validate: Validate,
         counts: tuple[int, int],
         levels: tuple[float, ...],
+        further: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Train and write."""
+        """Train and write; ``further`` goes into the card."""
         training = self.training
         logger.info(
             "%d slices to learn from, %d held out; %d weights, on %s",
@@ -233,6 +258,7 @@ class _Run:
             "seed": training.loop.seed,
             "data": self.data.hexdigest(),
             "protocol": protocol_checksum(self.protocol),  # a schedule's file may have changed
+            "held_out_by": self.parting.by,
             **kept,
         }
         trained = train_network(
@@ -247,7 +273,7 @@ class _Run:
             self.resume is not None,
             self.progress,
         )
-        card = self._card(trained, counts)
+        card = self._card(trained, counts) | dict(further or {})
         size = (1, *training.patches.size)
         description = NetworkDescription(
             kind, network.shape, (), levels, size, (1, min(32, size[1]), min(32, size[2])), card
@@ -283,7 +309,7 @@ class _Run:
                 "sha256": self.data.hexdigest(),
                 "learned_from": counts[0],
                 "held_out": counts[1],
-                "held_out_by": "slices",
+                "held_out_by": self.parting.by,
             },
             "note": training.note,
             "options": options,
@@ -296,19 +322,3 @@ class _Run:
             "versions": {"quantitron": own, "torch": str(torch.__version__)},
             "date": datetime.date.today().isoformat(),
         }
-
-
-def _parted(slices: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
-    """Those to learn from and those, spread evenly, that tell how well.
-
-    Raises:
-        ScanError: if there are too few.
-    """
-    if not 0 < share <= 0.5:
-        raise ScanError(f"a share of {share:g} to hold out for validation is not within 0..0.5")
-    if len(slices) < 2:
-        raise ScanError("one slice alone cannot be learned from and held out for validation")
-    count = max(1, round(share * len(slices)))
-    chosen = {(2 * number + 1) * len(slices) // (2 * count) for number in range(count)}
-    learned = [one for number, one in enumerate(slices) if number not in chosen]
-    return learned, [slices[number] for number in sorted(chosen)]

@@ -78,6 +78,9 @@ def nearest_level(levels: Sequence[float], level: float) -> float:
 def patch_size(description: NetworkDescription) -> Size:
     """Patches as large as is cheap: the fewer seams, the better.
 
+    MRI2Qmap cuts every volume into patches side by side, after a random shift that keeps their borders from
+    staying; what fits into one of these patches has no borders.
+
     Attention over more voxels than in training would be another network, so that one with attention gets
     patches of the size that it was trained on.
     """
@@ -105,7 +108,7 @@ class PatchwiseNetwork:
             ValueError: if it is smaller than any that the network was trained on.
         """
         description = self.trained.description
-        _check_grid(description, grid)
+        check_grid(description, grid)
         patch = self.patch
         if patch is None:
             patch = patch_size(description)
@@ -119,16 +122,14 @@ class PatchwiseNetwork:
         level: float,
         modality: Tensor | None = None,
         generator: torch.Generator | None = None,
-        overlap: bool = False,
     ) -> Tensor:
-        """D(x), of patches side by side that are shifted at random, or of patches that overlap.
+        """D(x), of patches side by side that are shifted at random.
 
         Args:
             volumes: (m, c, z, y, x) real, intensities normalised as in training.
             level: standard deviation of the noise; the nearest one of the training is taken.
             modality: (m,) int64 class, where the network is conditioned on it.
             generator: source of the shift, on the CPU; None: no shift.
-            overlap: whether patches overlap by half and are averaged, in place of a shift.
 
         Returns:
             (m, c, z, y, x) float32, finite.
@@ -138,8 +139,8 @@ class PatchwiseNetwork:
                 far from those of the training.
         """
         sigma = nearest_level(self.trained.description.noise_levels, level)
-        tiling = self.tiling(_grid(volumes), overlap)
-        shift = _draw_shift(tiling, generator) if generator is not None and not overlap else (0, 0, 0)
+        tiling = self.tiling(_grid(volumes))
+        shift = _draw_shift(tiling, generator) if generator is not None else (0, 0, 0)
         classes = None if modality is None else modality.to(self.device)
 
         def apply(patches: Tensor, number: Tensor) -> Tensor:
@@ -149,12 +150,11 @@ class PatchwiseNetwork:
 
         return self._push(apply, volumes, tiling, shift)
 
-    def map(self, volumes: Tensor, overlap: bool = True) -> Tensor:
+    def map(self, volumes: Tensor) -> Tensor:
         """What a network without conditions makes of volumes, of patches that overlap by half.
 
         Args:
             volumes: (m, c, z, y, x) real, normalised as in training.
-            overlap: False lays patches side by side.
 
         Returns:
             (m, c', z, y, x) float32, finite.
@@ -162,7 +162,7 @@ class PatchwiseNetwork:
         Raises:
             ValueError: if the volumes or the result are not finite, or the volumes too small.
         """
-        tiling = self.tiling(_grid(volumes), overlap)
+        tiling = self.tiling(_grid(volumes), overlap=True)
         return self._push(lambda patches, _: self.trained.network(patches).float(), volumes, tiling)
 
     def _push(
@@ -203,7 +203,24 @@ def check_contrasts(
             _class_of(modality, description.modalities)
     for level in levels:
         nearest_level(description.noise_levels, level)
-    _check_grid(description, grid)
+    check_grid(description, grid)
+
+
+def check_grid(description: NetworkDescription, grid: Size) -> None:
+    """Refuse volumes smaller than any that a network was trained on.
+
+    Args:
+        description: of the network.
+        grid: voxels (z, y, x).
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if any(size < least for size, least in zip(grid, description.least, strict=True)):
+        raise ValueError(
+            f"a volume of {_size(grid)} voxels (z, y, x) is smaller than {_size(description.least)}, the "
+            f"least that the {_spoken(description)} takes"
+        )
 
 
 @dataclass(frozen=True)
@@ -245,14 +262,6 @@ class NetworkDenoiser:
         return denoised.to(images.device, images.dtype) * scale
 
 
-def _check_grid(description: NetworkDescription, grid: Size) -> None:
-    if any(size < least for size, least in zip(grid, description.least, strict=True)):
-        raise ValueError(
-            f"a volume of {_size(grid)} voxels (z, y, x) is smaller than {_size(description.least)}, the "
-            f"least that the {_spoken(description)} takes"
-        )
-
-
 def _class_of(modality: str, known: Sequence[str]) -> int:
     if modality not in known:
         raise ValueError(
@@ -263,7 +272,11 @@ def _class_of(modality: str, known: Sequence[str]) -> int:
 
 
 def _draw_shift(tiling: Tiling, generator: torch.Generator) -> Size:
-    """Anywhere within a patch; along an axis that is one patch there is no seam to move, but one to make."""
+    """Anywhere within a patch; along an axis that is one patch there is no seam to move, but one to make.
+
+    MRI2Qmap shifts every volume in every round, which it calls an augmentation too. Along an axis that one
+    patch covers that is left out here: opposite edges would meet in its middle.
+    """
     drawn = torch.rand(3, generator=generator).tolist()
     z, y, x = (
         int(share * length) if moves else 0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantitron.recon.networks.trained_network import NetworkDescription, TrainedNetwork
 from quantitron.recon.priors.denoiser import Denoiser, intensity
-from quantitron.recon.priors.network_denoiser import PatchwiseNetwork
+from quantitron.recon.priors.network_denoiser import PatchwiseNetwork, check_grid
 
 
 class SeriesDenoiser(Protocol):
@@ -100,6 +100,19 @@ def as_trained(images: Tensor, description: NetworkDescription) -> Tensor:
 def from_trained(volumes: Tensor) -> Tensor:
     """The series (2K, z, y, x) of volumes as ``as_trained`` makes them."""
     return volumes[:, :, 0].transpose(0, 1) if volumes.shape[2] == 1 else volumes[0]
+
+
+def check_series_grid(description: NetworkDescription, grid: tuple[int, int, int]) -> None:
+    """Refuse a series of images smaller than any that a network was trained on.
+
+    Args:
+        description: of the network; one that never saw more than single slices takes any number of them.
+        grid: voxels (z, y, x).
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    check_grid(description, (1, *grid[1:]) if description.patch[0] == 1 else grid)
 
 
 def check_series_network(description: NetworkDescription, kind: str) -> int:

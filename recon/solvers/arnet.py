@@ -4,14 +4,15 @@
 
 U0 is the linear estimate in the canonical form of ``canonical_series``, its intensity normalised and its
 components brought to like size. The network was trained with pairs of such estimates and perfect images, and
-works where scans are undersampled as those were.
+works where scans are undersampled as those were; where this one differs, the log says in what.
 One pass, nothing is asked of k-space again (MRI2Qmap, S.III). METHODS 4.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import torch
@@ -24,14 +25,22 @@ from quantitron.recon.networks.trained_network import NetworkDescription, Networ
 from quantitron.recon.priors.network_denoiser import PatchwiseNetwork
 from quantitron.recon.priors.series_denoiser import (
     as_trained,
+    check_series_grid,
     check_series_network,
     from_trained,
     series_intensity,
 )
-from quantitron.recon.solvers.fingerprint import FingerprintSolver
+from quantitron.recon.scan_conditions import ScanConditions, differences, visited_share
+from quantitron.recon.solvers.fingerprint import FingerprintEstimate, FingerprintSolver
 from quantitron.recon.solvers.solver import Progress
 
 KIND = "artifact_removal"
+TRAINED_ON = "trained_on"
+"""Under which a card holds the conditions of the scans."""
+_AFTERWARDS = ("weights", "match_groups", "off_grid", "standard_deviations")
+"""Settings of what comes after the linear estimate."""
+
+logger = logging.getLogger("quantitron")
 
 
 @dataclass(frozen=True)
@@ -51,9 +60,9 @@ class ArtifactRemoval(FingerprintSolver):
         return NetworkRequest(KIND, self.weights)
 
     def check_network(self, network: NetworkDescription, encoding: Encoding, protocol: Protocol) -> None:
-        """Refuse a network of other channels or for another protocol."""
-        del encoding
+        """Refuse a network of other channels, for larger slices or for another protocol."""
         check_series_network(network, KIND)
+        check_series_grid(network, encoding.matrix)
         check_protocol(network, protocol)
 
     def solve(self, problem: FingerprintProblem, progress: Progress) -> Iterator[Maps]:
@@ -69,6 +78,7 @@ class ArtifactRemoval(FingerprintSolver):
         # In the dictionary's own basis: the network may bring back what the scan's basis left out.
         mixing = estimate.basis.mixing[0].to(estimate.coefficients)  # (l, k)
         images = torch.einsum("lk,xkzy->xlzy", mixing, estimate.coefficients)
+        self._compare(trained.description, estimate, images, axes)
         images = self.restored(images, axes, trained, problem, estimate.voxel_size)
         inside = torch.einsum("lk,xlzy->xkzy", mixing.conj(), images)
         residual = estimate.residual_to_noise(inside)
@@ -79,6 +89,30 @@ class ArtifactRemoval(FingerprintSolver):
         images = torch.einsum("lk,xlzy->xkzy", known.conj().to(images), images)
         yield self.matched(images, basis, problem, residual)
         progress("done", 1.0)
+
+    @property
+    def estimate_settings(self) -> dict[str, object]:
+        """Settings that the linear estimate depends on, and with it what artifacts there are."""
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.name not in _AFTERWARDS}
+
+    def _compare(
+        self, network: NetworkDescription, estimate: FingerprintEstimate, images: Tensor, axes: TissueAxes
+    ) -> None:
+        """Say in the log in what a scan differs from those that the network was trained on."""
+        problem = estimate.problem
+        series = canonical_series(images, axes.axes, estimate.voxel_size).images(images)
+        conditions = ScanConditions(
+            coils=problem.kspace.samples.shape[0],
+            visited=visited_share(problem.kspace),
+            signal_to_noise=series_intensity(series) / estimate.noise**0.5,
+            solver=self.estimate_settings,
+        )
+        found = differences(network.card.get(TRAINED_ON), conditions)
+        if found:
+            logger.warning(
+                "arnet: the network was trained on other scans than this one, whose artifacts may stay: %s",
+                "; ".join(found),
+            )
 
     def restored(
         self,

@@ -16,6 +16,8 @@ restore each image alone.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -24,14 +26,16 @@ from torch import Tensor
 
 from quantitron.recon.algorithms.admm import Splitting, admm
 from quantitron.recon.canonical_series import canonical_series, check_protocol, tissue_axes
-from quantitron.recon.data import Encoding, Protocol
-from quantitron.recon.networks.trained_network import NetworkDescription, NetworkRequest
+from quantitron.recon.data import Encoding, FingerprintProblem, Maps, Protocol
+from quantitron.recon.networks.trained_network import NetworkDescription, NetworkRequest, TrainedNetwork
 from quantitron.recon.priors.block_matching_denoiser import BlockMatchingDenoiser
 from quantitron.recon.priors.denoiser import annealed_levels
+from quantitron.recon.priors.network_denoiser import nearest_level
 from quantitron.recon.priors.series_denoiser import (
     ImageByImage,
     NetworkSeriesDenoiser,
     SeriesDenoiser,
+    check_series_grid,
     check_series_network,
     series_intensity,
 )
@@ -62,7 +66,7 @@ class PlugAndPlay(FingerprintSolver):
     """Conjugate gradient steps in each of them."""
     first_level: float = field(default=0.1, metadata={"above": 0})
     """Noise level of the first round, relative to the intensity of the strongest component. A network did
-    best from 0.3 to 0.05 on scans 8-fold undersampled."""
+    best from 0.3 to 0.05 on scans 8-fold undersampled; it must have been trained up to there."""
     last_level: float = field(default=0.02, metadata={"above": 0})
     """Noise level of the last one; those between are spaced evenly in the logarithm."""
     penalty: float = field(default=1.0, metadata={"above": 0})
@@ -87,14 +91,28 @@ class PlugAndPlay(FingerprintSolver):
         return NetworkRequest(KIND, self.weights) if self.denoiser == "network" else None
 
     def check_network(self, network: NetworkDescription, encoding: Encoding, protocol: Protocol) -> None:
-        """Refuse a network of other channels or for another protocol."""
-        del encoding
+        """Refuse a network of other channels or levels, for larger slices or for another protocol."""
         check_series_network(network, KIND)
+        for level in (self.first_level, self.last_level):
+            nearest_level(network.noise_levels, level)
+        check_series_grid(network, encoding.matrix)
         check_protocol(network, protocol)
+
+    def solve(self, problem: FingerprintProblem, progress: Progress) -> Iterator[Maps]:
+        """Reconstruct one slice; yields the final maps only.
+
+        A network that is missing or does not suit is found out before the linear estimate.
+        """
+        if self.denoiser == "network":
+            trained = self._trained(problem)
+            components = check_series_network(trained.description, KIND)
+            tissue_axes(problem.basis, problem.dictionary, components)
+        yield from super().solve(problem, progress)
 
     def refine(self, estimate: FingerprintEstimate, seed: int, progress: Progress) -> Tensor:
         """U (x, k, z, y) where k-space and denoiser agree."""
         denoise = self.series_denoiser(estimate)
+        lowest, highest = self._level_range(estimate.problem)
         nearest = NearestFingerprint(estimate, self.match_groups) if self.fingerprints else None
         generator = torch.Generator().manual_seed(seed)
         form = canonical_series(estimate.coefficients, self._axes(estimate), estimate.voxel_size)
@@ -111,8 +129,9 @@ class PlugAndPlay(FingerprintSolver):
 
             def restored(images: Tensor, _step: float, level: float = level) -> Tensor:
                 series = form.images(images)
-                # The level is one of noise beside the scan's own intensity, whatever the images' is now.
-                own = level * scale / series_intensity(series)
+                # The level is one of noise beside the scan's own intensity, whatever the images' is now. That
+                # may lead beyond the levels of a network, which the settings kept within.
+                own = min(max(level * scale / series_intensity(series), lowest), highest)
                 clean = form.replaced(images, denoise(series, own, generator))
                 return clean if nearest is None else nearest(clean)
 
@@ -132,11 +151,25 @@ class PlugAndPlay(FingerprintSolver):
             return ImageByImage(VariationDenoiser(voxel_size=(dz, dy, dx)))
         if self.denoiser == "bm4d":
             return ImageByImage(BlockMatchingDenoiser())
-        problem = estimate.problem
+        return NetworkSeriesDenoiser(self._trained(estimate.problem), estimate.problem.device)
+
+    def _trained(self, problem: FingerprintProblem) -> TrainedNetwork:
+        """The network that came with the problem, if it suits.
+
+        Raises:
+            ValueError: in one sentence.
+        """
         if problem.network is None:
             raise ValueError("the denoiser 'network' needs a trained network")
         self.check_network(problem.network.description, problem.encoding, problem.protocol)
-        return NetworkSeriesDenoiser(problem.network, problem.device)
+        return problem.network
+
+    def _level_range(self, problem: FingerprintProblem) -> tuple[float, float]:
+        """Lowest and highest noise level that the denoiser knows."""
+        if self.denoiser != "network" or problem.network is None:
+            return 0.0, math.inf
+        levels = problem.network.description.noise_levels
+        return levels[0], levels[-1]
 
     def _axes(self, estimate: FingerprintEstimate) -> Tensor:
         """(k, K) the canonical axes for a network; the scan's own for what knows none."""

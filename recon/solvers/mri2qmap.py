@@ -10,20 +10,23 @@ agrees with U and with the denoised images (9; eqs. 10, 11); conjugate gradients
 towards the signals found (10); multipliers remember what is left between each pair (11, 12). The penalty
 rises as the level falls (5), so that they are scaled anew in each round (7, 13).
 
-Q is the Gaussian prior of the linear estimate, which the paper does not have; maps are matched from the U of
-the last round.
+Q is the Gaussian prior of the linear estimate, which the paper does not have. Its maps are those of the last
+search (9), on the grid of the dictionary: ``maps_from: joint``. Here U of the last round, which has seen
+k-space since, is matched once more, off the grid. The paper shifts the images at random in every round, as an
+augmentation, and cuts them into patches; here a slice or a slab that fits into one patch is denoised whole,
+and not shifted (``network_denoiser``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from quantitron.recon.data import Encoding, Protocol
+from quantitron.recon.data import Encoding, FingerprintProblem, Maps, Problem, Protocol
 from quantitron.recon.networks.trained_network import NetworkDescription, NetworkRequest, TrainedNetwork
 from quantitron.recon.priors.block_matching_denoiser import BlockMatchingDenoiser
 from quantitron.recon.priors.denoiser import Denoiser, annealed_levels, intensity
@@ -37,10 +40,23 @@ from quantitron.recon.solvers.lrtv import LowRankTotalVariation
 from quantitron.recon.solvers.nearest_contrast import NearestContrast
 from quantitron.recon.solvers.nearest_tissue import NearestTissue, Tissue
 from quantitron.recon.solvers.solver import Progress
+from quantitron.recon.solvers.tissue_maps import with_tissue
 
 KIND = "contrast_denoiser"
 DENOISERS = ("network", "tv", "bm4d")
 STARTS = ("estimate", "least_squares")
+SOURCES = ("series", "joint")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the rounds end with."""
+
+    coefficients: Tensor
+    """U (x, k, z, y)."""
+    tissue: Tissue
+    """Of the last search."""
+
 
 MatchTissue = Callable[[Tensor, Tensor | None, Tensor | None], Tissue]
 """Coefficients (x, k, z, y), contrasts (m, z, y, x), weights (m,) -> the tissue that is nearest to both."""
@@ -76,6 +92,9 @@ class WeightedImagePriors(CoefficientSolver):
     """Weight of the PD-weighted image."""
     field_share: float = field(default=0.1, metadata={"minimum": 0})
     """Share of the linear estimate's prior that is kept; 0, as published: none."""
+    maps_from: str = field(default="series", metadata={"choices": SOURCES})
+    """``series``: the coefficient images of the last round, matched alone and off the grid; ``joint``: T1 and
+    T2 (of fingerprints PD too) of the last search for tissue that agrees with both, as published."""
 
     def __post_init__(self) -> None:
         """Refuse levels that rise, or no modality at all.
@@ -139,8 +158,8 @@ class WeightedImagePriors(CoefficientSolver):
         denoise: Denoiser,
         seed: int,
         progress: Progress,
-    ) -> Tensor:
-        """U (x, k, z, y) where k-space, dictionary and denoiser agree.
+    ) -> Agreement:
+        """Where k-space, dictionary and denoiser agree.
 
         Args:
             estimate: where to start.
@@ -172,7 +191,7 @@ class WeightedImagePriors(CoefficientSolver):
             u = fitted(tissue.coefficients - scaled_u, penalty, u)
             multiplier_u = multiplier_u + penalty * (u - tissue.coefficients)
             multiplier_q = multiplier_q + penalty * (q - tissue.contrasts)
-        return u
+        return Agreement(u, tissue)
 
     def _normalised_weights(self, estimate: CoefficientEstimate, tissue: Tissue) -> Tensor:
         """(m,) the weights times the energy of the signal over that of each modality (line 4)."""
@@ -187,8 +206,28 @@ class FingerprintMri2Qmap(WeightedImagePriors, FingerprintSolver):
 
     name: ClassVar[str] = "mri2qmap"
 
+    def solve(self, problem: FingerprintProblem, progress: Progress) -> Iterator[Maps]:
+        """Reconstruct one slice; yields the final maps only."""
+        estimate = self.linear_estimate(problem, progress)
+        agreed = self.agreed(estimate, problem.seed, _within(progress, 0.4, 0.45))
+        residual = estimate.residual_to_noise(agreed.coefficients)
+        progress("matching", 0.85)
+        maps = self.matched(agreed.coefficients, estimate.basis, problem, residual)
+        yield with_tissue(maps, agreed.tissue, ("t1", "t2", "pd")) if self.maps_from == "joint" else maps
+        progress("done", 1.0)
+
     def refine(self, estimate: FingerprintEstimate, seed: int, progress: Progress) -> Tensor:
-        """Rounds from the linear estimate on."""
+        """U (x, k, z, y) of the last round."""
+        return self.agreed(estimate, seed, progress).coefficients
+
+    def agreed(self, estimate: FingerprintEstimate, seed: int, progress: Progress) -> Agreement:
+        """Rounds from the linear estimate on.
+
+        Args:
+            estimate: where to start.
+            seed: of everything random.
+            progress: takes the share of the rounds alone, 0..1.
+        """
         problem = estimate.problem
         nearest = NearestTissue.of_fingerprints(estimate, self.match_groups, self.spin_echoes)
         denoise = self.plugged_in(problem.network, problem.device)
@@ -208,18 +247,37 @@ class CartesianMri2Qmap(WeightedImagePriors, CartesianSolver):
     match_groups: int = field(default=256, metadata={"minimum": 0})
     """Groups of atoms for fast matching (Cauley 2015); 0 compares with every atom."""
 
+    def solve(self, problem: Problem, progress: Progress) -> Iterator[Maps]:
+        """Reconstruct one slab; yields the final maps only."""
+        estimate = self.linear_estimate(problem, progress)
+        agreed = self.agreed(estimate, problem.seed, _within(progress, 0.4, 0.45))
+        maps = self.maps(estimate, agreed.coefficients, problem, progress)
+        # The tissue's PD is weighted by T2* here, which it knows nothing of.
+        yield with_tissue(maps, agreed.tissue, ("t1", "t2")) if self.maps_from == "joint" else maps
+        progress("done", 1.0)
+
     def refine(self, estimate: LinearEstimate, seed: int, progress: Progress) -> Tensor:
-        """Rounds from images with few edges on, whose echo trains are kept."""
+        """U (x, k, z, y) of the last round."""
+        return self.agreed(estimate, seed, progress).coefficients
+
+    def agreed(self, estimate: LinearEstimate, seed: int, progress: Progress) -> Agreement:
+        """Rounds from images with few edges on, whose echo trains are kept.
+
+        Args:
+            estimate: where to start.
+            seed: of everything random.
+            progress: takes the share of both alone, 0..1.
+        """
         problem = estimate.problem
         progress("total variation", 0.0)
         edges = LowRankTotalVariation(weight=self.edges_weight, field_share=0.0)
-        images = edges.refine(estimate, seed, lambda doing, share: progress(doing, 0.2 * share))
+        images = edges.refine(estimate, seed, _within(progress, 0.0, 0.2))
         nearest = NearestContrast.of_estimate(estimate, self.match_groups, self.spin_echoes, images)
         denoise = self.plugged_in(problem.network, problem.device)
-        return self.agree(
-            replace(estimate, coefficients=images),
-            nearest,
-            denoise,
-            seed,
-            lambda doing, share: progress(doing, 0.2 + 0.8 * share),
-        )
+        start = replace(estimate, coefficients=images)
+        return self.agree(start, nearest, denoise, seed, _within(progress, 0.2, 0.8))
+
+
+def _within(progress: Progress, begin: float, length: float) -> Progress:
+    """Progress of a part, told as that of the whole."""
+    return lambda doing, share: progress(doing, begin + length * share)
