@@ -136,8 +136,10 @@ class JointINR(DensityCompensated, FingerprintSolver):
             generator,
             lambda doing, share: progress(doing, 0.4 + 0.3 * share),
         )
-        progress("matching", 0.7)
-        yield self.matched(images, basis, problem)
+        progress("residual", 0.7)
+        residual = self.residual_to_noise(prepared, basis, images)
+        progress("matching", 0.75)
+        yield self.matched(images, basis, problem, residual)
         progress("done", 1.0)
 
     def _adjoint(self, prepared: Prepared) -> tuple[Tensor, CoefficientBasis]:
@@ -159,6 +161,9 @@ class JointINR(DensityCompensated, FingerprintSolver):
         """The network's images, or what the rounds make of them."""
         generator = torch.Generator().manual_seed(seed)
         parts = 2 * self.rounds + 1
+        nearest = (
+            NearestFingerprint(estimate, self.match_groups) if self.rounds and self.consistency else None
+        )
 
         def fitted(images: Tensor, number: int) -> Tensor:
             def told(doing: str, share: float) -> None:
@@ -172,11 +177,16 @@ class JointINR(DensityCompensated, FingerprintSolver):
             if number:
                 images = fitted(drawn, 2 * number)
             progress("towards data and network", (2 * number + 1) / parts)
-            drawn = self._drawn(estimate, images, drawn, generator)
+            drawn = self._drawn(estimate, images, drawn, generator, nearest)
         return drawn if self.rounds else images
 
     def _drawn(
-        self, estimate: FingerprintEstimate, network: Tensor, u: Tensor, generator: torch.Generator
+        self,
+        estimate: FingerprintEstimate,
+        network: Tensor,
+        u: Tensor,
+        generator: torch.Generator,
+        nearest: NearestFingerprint | None,
     ) -> Tensor:
         """Images between data and network, from u on; blocks take their covariance from the last ones."""
         operator, prior, share = estimate.operator, estimate.prior, self.attraction + self.field_share
@@ -186,7 +196,6 @@ class JointINR(DensityCompensated, FingerprintSolver):
         curvature = operator.mean_diagonal()[:, None, None]
         fixed = curvature + 0.3 * share * prior.diagonal()
         attracted = estimate.data + self.attraction * prior.precision(network)
-        nearest = NearestFingerprint(estimate, self.match_groups) if self.consistency else None
         for number in range(self.reweightings):
             blocks = penalty.mean_reweighting(u, _SMOOTHING * estimate.image_noise, _TILINGS, generator)
             right_hand_side, pull = attracted, 0.0 * curvature
