@@ -10,11 +10,12 @@ before. There is no Fourier transform in it: seconds.
 
 As the objective is quadratic in (W, b), they need no gradient steps: in every step they are solved for, given
 the features, and only the features follow the gradient, which is that of the objective with the heads left
-out (variable projection, Golub and Pereyra 1973). A fit then takes a third of the steps. ``heads: trained``
-is the published form.
+out (variable projection, Golub and Pereyra 1973). A fit then takes a third of the steps. As published heads
+follow the gradient as well (``heads: trained``).
 
 The phase of a voxel is nearly that of its neighbours and, where the basis is real, that of all components. It
-is taken out of the images before the fit, smoothed, and put back afterwards: features need not learn it.
+is taken out of the images before the fit, smoothed, and put back afterwards: features need not learn it. As
+published it stays (``phase_width: 0``).
 """
 
 from __future__ import annotations
