@@ -40,7 +40,7 @@ def residual_energy(sums: TrajectorySums, csm: Tensor, mixing: Tensor, coefficie
     for coil, sensitivity in enumerate(csm.permute(1, 2, 3, 0)):  # (z, y, x)
         spectra = fourier((sensitivity * images).contiguous())  # (k, n)
         data = sums.projected.mixed(mixing.to(csm), slice(coil, coil + 1))[:, 0]  # (k, n)
-        for part in torch.arange(spectra.shape[1], device=device).split(_POINTS):
+        for part in torch.split(torch.arange(spectra.shape[1], device=device), _POINTS):
             v, matrices = spectra[:, part].T, gram[readout[part]]  # (p, k), (p, k, k)
             if not matrices.is_complex():
                 pairs = torch.view_as_real(v)
