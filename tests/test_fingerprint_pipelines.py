@@ -243,7 +243,7 @@ def test_values_stand_wherever_the_mask_does_and_their_source_beside_them(found,
         assert 3 <= int(meta["Quantitron_Rank"]) <= 12
         assert 0.98 < float(meta["Quantitron_RetainedEnergy"]) <= 1
         residual = float(meta["Quantitron_ResidualToNoise"])
-        assert 0.9 < residual < 1.1 if linear else np.isnan(residual)
+        assert 0.9 < residual < 1.1 if linear else 1.05 < residual < 10
         assert "research" in meta["Quantitron_Disclaimer"]
     hashes = {read_images(found["shuffled", other])[0].meta["Quantitron_SettingsHash"] for other in PIPELINES}
     assert len(hashes) == len(PIPELINES)
@@ -425,4 +425,38 @@ def test_a_stack_of_spirals(folder, phantom):
         for volume in (maps.values, truth["T1"].values)
     ]
     assert growth[1] > 1.15
+    assert growth[0] == pytest.approx(growth[1], rel=0.03)
+
+
+def test_tilted_spirals(folder, phantom):
+    """Planes about kz, a trajectory of three columns that lies on no grid: the whole way in 3D."""
+    raw = folder / "tilted.h5"
+    small = {
+        "matrix": (24, 24, 6),
+        "fov": (96.0, 96.0, 24.0),
+        "interleaves": 6,
+        "supersampling": (3, 3, 1),
+        "volume": "tilted",
+        "trains": 4,
+    }
+    simulate_fingerprint(output=raw, phantom=phantom, order="shuffled", **{**SCAN, **small})
+    limits = {
+        # T1 5.4, T2 20.6, PD 8.2 %
+        "svdmrf": {"T1": 0.072, "T2": 0.275, "PD": 0.109},
+        # T1 3.5, T2 5.8, PD 5.2 %
+        "subspace": {"T1": 0.046, "T2": 0.077, "PD": 0.069},
+    }
+    for pipeline, largest in limits.items():
+        measured = replayed(raw, pipeline)
+        for role, limit in largest.items():
+            assert measured[role] < limit, (pipeline, role)
+    maps = map_volumes(read_images(maps_of(raw, "subspace")))["T1"]
+    truth = map_volumes(read_images(raw, "truth"))
+    assert maps.values.shape == (6, 24, 24)
+    np.testing.assert_allclose(maps.first_voxel, truth["T1"].first_voxel, atol=1e-3)
+    inside = truth["MASK"].values > 0
+    growth = [
+        np.median(volume[-1][inside.all(0)]) / np.median(volume[0][inside.all(0)])
+        for volume in (maps.values, truth["T1"].values)
+    ]
     assert growth[0] == pytest.approx(growth[1], rel=0.03)

@@ -191,6 +191,18 @@ def test_the_adjoint_of_a_full_scan_has_the_right_scale():
         assert map_error(maps, scan, "t2") < limit
 
 
+def test_the_residual_of_the_adjoint_is_reported():
+    """Of a full Cartesian scan it is the noise, less the share that the images take; aliasing adds to it."""
+    full = fingerprint_scan(coils=1, noise=1.0, distinct=every_point(32))
+    assert solved(SvdMrf(), full.problem).residual_to_noise == pytest.approx(1 - 5 / POINTS, abs=0.01)
+    louder = fingerprint_scan(coils=1, noise=2.0, distinct=every_point(32))
+    assert solved(SvdMrf(), louder.problem).residual_to_noise == pytest.approx(4 * (1 - 5 / POINTS), abs=0.04)
+    spirals = fingerprint_scan(noise=1.0)
+    for solver in (SvdMrf(), JointINR(epochs=5), JointINR(epochs=5, unmix=0.0)):
+        assert 1.0 < solved(solver, spirals.problem).residual_to_noise < 2, solver
+    assert math.isnan(solved(SvdMrf(), replace(spirals.problem, noise_known=False)).residual_to_noise)
+
+
 def test_density_weights_of_the_scan_are_used():
     """Unless the setting names others."""
     scan = fingerprint_scan(coils=1, every=True)

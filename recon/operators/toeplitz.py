@@ -17,7 +17,6 @@ T_ji(-r) = conj(T_ij(r)) makes the spectra Hermitian matrices, real ones for a r
 from __future__ import annotations
 
 import math
-from copy import copy
 from itertools import product
 
 import torch
@@ -40,7 +39,6 @@ class ToeplitzSense(LinearOperator):
         csm: Tensor,
         mixing: Tensor,
         working_set: int | None = None,
-        weights: Tensor | None = None,
     ) -> None:
         """Build the kernels, one type-1 transform for two pairs of components (one a pair in complex bases).
 
@@ -49,11 +47,10 @@ class ToeplitzSense(LinearOperator):
             csm: (x, c, z, y) coil sensitivity maps.
             mixing: (l, k): ``Phi[w, k] = sum_l Psi[w, l] mixing[l, k]``.
             working_set: bytes that one batch of coils may take; None: what suits the device's cache or cores.
-            weights: (n,) of a data term sum_n w_n |s_n - (A u)_n|^2; 1 where absent.
 
         Raises:
-            ValueError: if the coil maps are not on the grid of the sums, the weights not one a point, or the
-                trajectory of two columns for images of several partitions.
+            ValueError: if the coil maps are not on the grid of the sums, or the trajectory of two columns for
+                images of several partitions.
         """
         nz, ny, nx = sums.grid
         if (csm.shape[0], *csm.shape[2:]) != (nx, nz, ny):
@@ -62,11 +59,7 @@ class ToeplitzSense(LinearOperator):
             )
         if sums.trajectory.shape[1] == 2 and nz > 1:
             raise ValueError(f"trajectories of two columns tell {nz} partitions not apart")
-        if weights is not None and weights.shape != sums.readout.shape:
-            raise ValueError(
-                f"{tuple(weights.shape)} weights for {len(sums.readout)} points of the trajectory"
-            )
-        self._csm, self._sums, self._weights = csm, sums, weights
+        self._csm, self._sums = csm, sums
         self._dtype = csm.dtype
         self._fourier = _fourier(sums, csm)
         self._dimensions = sums.trajectory.shape[1]
@@ -77,7 +70,7 @@ class ToeplitzSense(LinearOperator):
         self._maps = [(maps * self._phase(coset)).contiguous() for coset in self._cosets]
         # Only as many components as the coefficients can reach are convolved.
         self._span = reachable(mixing).to(csm.device)  # (l, r)
-        self._mixing = self._within_span(mixing)  # (r, k)
+        self._mixing = self._span.to(csm).mH @ mixing.to(csm)  # (r, k)
         self._kernels, self._centre = self._build()
         if working_set is None:
             working_set = 1_000_000_000 if csm.is_cuda else 3_300_000 * torch.get_num_threads()
@@ -119,7 +112,6 @@ class ToeplitzSense(LinearOperator):
         gram = self._span.mT.to(gram) @ gram @ self._span.to(gram)  # (g, r, r)
         real = not gram.is_complex()
         points = self._sums.readout.to(device)
-        weights = 1.0 if self._weights is None else self._weights.to(device, torch.float64)
         # Unitary factor of the doubled grid taken off, that of the images put on twice.
         scale = math.sqrt(math.prod(grid)) / math.prod(self._sums.grid)
 
@@ -138,7 +130,7 @@ class ToeplitzSense(LinearOperator):
         for start in range(0, len(transforms), at_once):
             batch = transforms[start : start + at_once]
             columns = torch.stack([_as_one([gram[:, i, j] for i, j in chosen]) for chosen in batch])  # (b, g)
-            kernels = fourier.adjoint(columns[:, points] * weights) * scale
+            kernels = fourier.adjoint(columns[:, points]) * scale
             for chosen, kernel in zip(batch, kernels.permute(0, 3, 1, 2), strict=True):  # (x, z, y)
                 self._keep(chosen, kernel, spectra, centre)
         return spectra, centre
@@ -165,25 +157,6 @@ class ToeplitzSense(LinearOperator):
                 elif i == j:
                     part = part.real
                 table[j][i], table[i][j] = part, part.conj()
-
-    def _within_span(self, mixing: Tensor) -> Tensor:
-        """(l, k) -> (r, k)."""
-        span = self._span.to(self._dtype)
-        mixing = mixing.to(span)
-        inside = span.mH @ mixing
-        if (span @ inside - mixing).abs().max() > 1e-4 * mixing.abs().max():
-            raise ValueError("the coefficients reach components that the operator was not made for")
-        return inside
-
-    def in_basis(self, mixing: Tensor) -> ToeplitzSense:
-        """The same data and coil maps in another basis (l, k) of coefficients; no kernel is computed anew.
-
-        Raises:
-            ValueError: if it reaches components that this one does not.
-        """
-        other = copy(self)
-        other._mixing = self._within_span(mixing)
-        return other
 
     @property
     def csm(self) -> Tensor:
@@ -261,12 +234,10 @@ class ToeplitzSense(LinearOperator):
         """The operator itself: it is self-adjoint."""
         return self.forward(y)
 
-    def adjoint_data(self, weights: Tensor | None = None) -> Tensor:
-        """A^H W s: (x, k, z, y), with weights (n,), those of the data term if none come."""
+    def adjoint_data(self) -> Tensor:
+        """A^H s: (x, k, z, y)."""
         mixing = self._span.to(self._mixing) @ self._mixing  # (l, k)
-        return adjoint_images(
-            self._sums, self._csm, mixing, self._weights if weights is None else weights, self._fourier
-        )
+        return adjoint_images(self._sums, self._csm, mixing, fourier=self._fourier)
 
     def residual_energy(self, coefficients: Tensor, adjoint_data: Tensor | None = None) -> float:
         """||s - A U||^2 with its constant, from two inner products.
@@ -274,12 +245,7 @@ class ToeplitzSense(LinearOperator):
         Args:
             coefficients: U (x, k, z, y).
             adjoint_data: A^H s where it is at hand already.
-
-        Raises:
-            ValueError: if the data term is weighted: the weighted energy of the samples is not known.
         """
-        if self._weights is not None:
-            raise ValueError("a weighted data term does not know the energy of its samples")
         if adjoint_data is None:
             adjoint_data = self.adjoint_data()
         # In double precision: the three terms nearly cancel.

@@ -10,11 +10,12 @@ before. There is no Fourier transform in it: seconds.
 
 As the objective is quadratic in (W, b), they need no gradient steps: in every step they are solved for, given
 the features, and only the features follow the gradient, which is that of the objective with the heads left
-out (variable projection, Golub and Pereyra 1973). A fit then takes a third of the steps. ``heads: trained``
-is the published form.
+out (variable projection, Golub and Pereyra 1973). A fit then takes a third of the steps. As published heads
+follow the gradient as well (``heads: trained``).
 
 The phase of a voxel is nearly that of its neighbours and, where the basis is real, that of all components. It
-is taken out of the images before the fit, smoothed, and put back afterwards: features need not learn it.
+is taken out of the images before the fit, smoothed, and put back afterwards: features need not learn it. As
+published it stays (``phase_width: 0``).
 """
 
 from __future__ import annotations
@@ -127,7 +128,6 @@ def fit_joint_network(
     settings: JointFitSettings,
     generator: torch.Generator,
     progress: Callable[[float], None] | None = None,
-    weight: Tensor | None = None,
 ) -> Tensor:
     """Coefficient images as the network sees them.
 
@@ -138,7 +138,6 @@ def fit_joint_network(
         settings: of network and fit.
         generator: the source of chance, on the CPU.
         progress: called with the share that is done.
-        weight: (x, z, y) or (x, k, z, y) float: what each voxel counts; 1 where absent.
 
     Returns:
         (x, k, z, y) complex.
@@ -154,18 +153,13 @@ def fit_joint_network(
     if not bool(target.isfinite().all()):
         raise TrainingDiverged("the images that the joint network is fitted to are not finite")
     fitted = torch.zeros_like(target)
-    share = None
-    if weight is not None:
-        weight = weight.to(target.real)
-        share = (weight[:, None] if weight.ndim == 3 else weight).permute(0, 2, 3, 1)[inside]  # (v, 1 or k)
-        share = share / share.mean()
     for number in range(settings.fits):
 
         def told(done: float, number: int = number) -> None:
             if progress is not None:
                 progress((number + done) / settings.fits)
 
-        fit = _Fit(target, share, inside, voxel_size, settings, generator)
+        fit = _Fit(target, inside, voxel_size, settings, generator)
         fitted += fit.run(told) / settings.fits
     values = images.permute(0, 2, 3, 1).clone()  # (x, z, y, k)
     values[inside] = fitted * phase[inside][:, None]
@@ -178,7 +172,6 @@ class _Fit:
     def __init__(
         self,
         target: Tensor,
-        weight: Tensor | None,
         mask: Tensor,
         voxel_size: tuple[float, float, float],
         settings: JointFitSettings,
@@ -194,15 +187,11 @@ class _Fit:
         layout = grid_layout(matrix, settings)
         self.network = JointNetwork(layout, target.shape[1], settings, generator, target.device, coordinates)
         self.samples = self.network.encoding.samples(coordinates.to(target.device))
-        square = target.abs().square() if weight is None else weight * target.abs().square()
-        size = square.mean(0).clamp_min(torch.finfo(target.real.dtype).tiny).sqrt()  # (k,)
+        size = target.abs().square().mean(0).clamp_min(torch.finfo(target.real.dtype).tiny).sqrt()  # (k,)
         # Images are counted in units in which all their components together have a mean square of 1.
         scale = size**settings.whitening * size.square().sum().sqrt() ** (1 - settings.whitening)
         self.scale = torch.cat((scale, scale))
         self.target = torch.cat((target.real, target.imag), dim=1) / self.scale  # (v, 2 k)
-        self.weight = None
-        if weight is not None:
-            self.weight = weight if weight.shape[1] == 1 else torch.cat((weight, weight), dim=1)
 
     def run(self, progress: Callable[[float], None]) -> Tensor:
         """Fit; returns the images (v, k) complex."""
@@ -241,7 +230,7 @@ class _Fit:
     def _misfit(self, features: Tensor) -> Tensor:
         """Mean over the voxels of the squared distance, all components together."""
         square = (features @ self.network.heads - self.target).square()
-        return (square if self.weight is None else self.weight * square).sum() / len(square)
+        return square.sum() / len(square)
 
     def _penalty(self) -> Tensor:
         """Weight decay, of encoder and perceptron apart. A term without gradient only adds to the value."""
@@ -258,26 +247,13 @@ class _Fit:
     @torch.no_grad()
     def _solve_heads(self, features: Tensor) -> None:
         """The heads that are best for these features."""
-        weight = self.weight
-        heads = self.network.heads
-        if weight is None or weight.shape[1] == 1:
-            weighted = features if weight is None else weight * features
-            heads.copy_(self._solution(weighted.T @ features, weighted.T @ self.target))
-            return
-        for column in range(heads.shape[1] // 2):  # real and imaginary part weigh alike
-            weighted = weight[:, column, None] * features
-            pair = [column, column + heads.shape[1] // 2]
-            heads[:, pair] = self._solution(weighted.T @ features, weighted.T @ self.target[:, pair])
-
-    def _solution(self, gram: Tensor, right_hand_side: Tensor) -> Tensor:
-        """Solution of the normal equations with weight decay, the constants left out of it."""
-        gram = gram.double()
-        voxels = len(self.target)
-        ridge = gram.new_full((len(gram),), max(self.settings.decay_network, 0.0) * voxels)
+        gram = (features.T @ features).double()
+        # Weight decay leaves the constants out.
+        ridge = gram.new_full((len(gram),), self.settings.decay_network * len(self.target))
         ridge += _LEAST_RIDGE * gram.diagonal().mean()
         ridge[-1] = 0
-        solved: Tensor = torch.linalg.solve(gram + ridge.diag(), right_hand_side.double())
-        return solved.to(right_hand_side)
+        solved = torch.linalg.solve(gram + ridge.diag(), (features.T @ self.target).double())
+        self.network.heads.copy_(solved)
 
 
 def grid_layout(matrix: tuple[int, ...], settings: JointFitSettings) -> HashGridLayout:

@@ -15,9 +15,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from quantitron.recon.coefficient_basis import CoefficientBasis
 from quantitron.recon.data import Encoding, FingerprintProblem, Maps, Protocol
 from quantitron.recon.operators.density_compensation import density_weights
 from quantitron.recon.operators.toeplitz import adjoint_images
+from quantitron.recon.operators.trajectory_residual import residual_energy
 from quantitron.recon.solvers.fingerprint import FingerprintMethod, Prepared
 from quantitron.recon.solvers.solver import Progress
 from quantitron.recon.trajectory_sums import TrajectorySums
@@ -69,6 +71,12 @@ class DensityCompensated(FingerprintMethod):
         energy = float(sums.gram.diagonal(dim1=1, dim2=2).real.sum(0).mean())
         return images * (len(sums.count) / energy)
 
+    def residual_to_noise(self, prepared: Prepared, basis: CoefficientBasis, images: Tensor) -> float:
+        """||s - A U||^2 / (samples noise) of U (x, k, z, y) in ``basis``; aliasing puts it far above 1."""
+        sums = prepared.sums
+        energy = residual_energy(sums, prepared.csm, basis.mixing[0], images)
+        return energy / (sums.samples * prepared.noise)
+
 
 @dataclass(frozen=True)
 class SvdMrf(DensityCompensated):
@@ -81,6 +89,8 @@ class SvdMrf(DensityCompensated):
         prepared = self.prepare(problem, progress)
         progress("adjoint", 0.3)
         images = self.adjoint(prepared)
+        progress("residual", 0.6)
+        residual = self.residual_to_noise(prepared, prepared.basis, images)
         progress("matching", 0.7)
-        yield self.matched(images, prepared.basis, problem)
+        yield self.matched(images, prepared.basis, problem, residual)
         progress("done", 1.0)
