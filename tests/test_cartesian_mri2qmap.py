@@ -22,20 +22,13 @@ from quantitron.recon.solvers.nearest_tissue import NearestTissue, Tissue
 from quantitron.recon.solvers.tissue_maps import with_tissue
 from quantitron.recon.temporal_basis import dictionary_basis
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROTOCOL = PROTOCOLS["t2ir_gre"]
 GRID = (2, 6, 5)  # z, y, x
 VOXELS = 60
 MODALITIES = SpinEchoProtocol()
 WEIGHTS = torch.tensor([0.1, 0.1, 0.1])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Arrays this small are computed faster by one thread than shared out to several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def silent(doing, share):

@@ -26,18 +26,11 @@ from quantitron.recon.solvers import (
 )
 from quantitron.recon.solvers.cartesian import LinearEstimate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSICAL = (LocallyLowRank, LowRankTotalVariation, LowRankTensor)
 ALL = (Subspace, *CLASSICAL, ModelBased)
 TIMES = ("t1", "t2", "t2star")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Arrays this small are computed faster by one thread than shared out to several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 SCANS = {

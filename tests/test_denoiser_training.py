@@ -37,6 +37,8 @@ from quantitron.training.loop import (
 )
 from quantitron.training.noise_batches import PatchPlan
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RUN = [sys.executable, str(Path(__file__).with_name("run_command.py"))]
 CPU = torch.device("cpu")
 SMALL = DenoiserTraining(
@@ -46,14 +48,6 @@ SMALL = DenoiserTraining(
     augmentation=Augmentation(),
     levels=(0.02, 0.5, 5),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import h5py
 import ismrmrd
 import numpy as np
 import pytest
-import torch
 
 from quantitron.gadgets.image_file import read_images
 from quantitron.gadgets.image_metadata import SHORT_CHECKSUM
@@ -23,7 +22,8 @@ from quantitron.host.compare import compare
 from quantitron.host.replay import replay
 from quantitron.phantoms.simulate_fingerprint import simulate_fingerprint
 
-pytestmark = pytest.mark.timeout(300)  # the first test makes all maps
+# The first test makes all maps.
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(300)]
 
 PIPELINES = {
     "svdmrf": ("svdmrf",),
@@ -48,15 +48,6 @@ SCAN: dict[str, Any] = {
 }
 IS_NOISE = 1 << (ismrmrd.ACQ_IS_NOISE_MEASUREMENT - 1)
 IS_LAST = 1 << (ismrmrd.ACQ_LAST_IN_MEASUREMENT - 1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Arrays this small are computed faster by one thread than shared out to several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -25,14 +25,7 @@ from quantitron.recon.solvers.subspace import FingerprintSubspace
 from quantitron.recon.solvers.svdmrf import SvdMrf
 from quantitron.recon.trajectory_gram import sum_readouts
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Arrays this small are computed faster by one thread than shared out to several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def quiet(doing: str, share: float) -> None:

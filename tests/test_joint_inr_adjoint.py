@@ -14,16 +14,10 @@ from quantitron.recon.solvers.joint_inr import JointINR
 from quantitron.recon.solvers.nearest_fingerprint import NearestFingerprint
 from quantitron.recon.solvers.svdmrf import SvdMrf
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PUBLISHED = JointINR(unmix=0.0, heads="trained", phase_width=0.0, decay_encoder=1e-5, epochs=150)
 """As in the paper; it gives no numbers for decay and steps."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,8 @@ from quantitron.recon.solvers.map_networks import MapNetworks, marginal_precisio
 from quantitron.recon.solvers.map_objective import Attraction, MapObjective
 from quantitron.recon.solvers.training import Schedule, TrainingDiverged
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TIMES = ("t1", "t2", "t2star")
 SCANS = {
     "vfa_gre": {"grid": (4, 24, 24), "acceleration": 6, "noise": 0.4},
@@ -42,15 +44,6 @@ QUICK = {"levels": 6, "log2_rows": 10}
 """Small hash grids, for tests in which the accuracy does not count."""
 JOINT = {"training": "joint", "epochs": 2, "low_rank_epochs": 1, "start_epochs": 1, **QUICK}
 """The same for joint training."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Arrays this small are computed faster by one thread than shared out to several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _quiet(*args: Any) -> None:

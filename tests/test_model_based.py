@@ -22,6 +22,8 @@ from quantitron.recon.solvers.map_estimate import MapEstimate, start_from
 from quantitron.recon.solvers.map_objective import MapObjective
 from quantitron.recon.solvers.model_based import LONGEST_STEP
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TIMES = ("t1", "t2", "t2star")
 SCANS = {
     "vfa_gre": {"grid": (4, 24, 24), "acceleration": 6, "noise": 0.4},
@@ -29,15 +31,6 @@ SCANS = {
     "megre": {"grid": (4, 32, 32), "acceleration": 2, "noise": 1.0},
 }
 TINY = {"grid": (2, 16, 14), "acceleration": 2, "noise": 0.3}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Arrays this small are computed faster by one thread than shared out to several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _quiet(*args: Any) -> None:

@@ -18,16 +18,10 @@ from quantitron.recon.solvers.nearest_tissue import NearestTissue, Tissue
 from quantitron.recon.solvers.subspace import FingerprintSubspace
 from quantitron.recon.solvers.tissue_maps import with_tissue
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODALITIES = ("T1w", "T2w", "PDw")
 LEVELS = (0.01, 0.03, 0.1, 0.3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from quantitron.gadgets.image_file import read_images
@@ -19,6 +18,8 @@ from quantitron.phantoms.simulate import simulate
 from quantitron.pipelines import pipeline_names, settings_names
 from quantitron.recon.solvers import SOLVERS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CARTESIAN = ("subspace", "llr", "lrtv", "lrt", "model_based")
 
 SCANS = {
@@ -27,15 +28,6 @@ SCANS = {
     "megre": {"acceleration": 1.5, "echo_times": (4e-3, 9e-3, 14e-3, 19e-3)},
 }
 """Of 24x24x4 voxels of 9.3x9.3x8 mm, 4 coils."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Arrays this small are computed faster by one thread than shared out to several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

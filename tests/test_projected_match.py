@@ -25,16 +25,10 @@ from quantitron.recon.solvers.nearest_fingerprint import NearestFingerprint
 from quantitron.recon.solvers.nearest_tissue import NearestTissue
 from quantitron.recon.solvers.subspace import FingerprintSubspace
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GRID = (1, 8, 30)  # z, y, x
 VOXELS = 240
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def quiet(doing: str, share: float) -> None:

@@ -59,21 +59,12 @@ from quantitron.training.series_pairs import (
 )
 from quantitron.training.slice_parting import part_slices
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(120)]
 
 POINTS = 96
 SCAN = ScanPlan(
     points=POINTS, interleaves=12, matrix=(48, 48), fov=(96.0, 96.0, 4.0), coils=4, supersampling=(1, 1, 1)
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Arrays this small are computed faster by one thread than shared out to several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def quiet(doing: str, share: float) -> None:

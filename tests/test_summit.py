@@ -23,6 +23,8 @@ from quantitron.recon.solvers.scan_fit import ScanFit
 from quantitron.recon.solvers.scan_networks import ScanValues
 from quantitron.recon.solvers.training import Schedule
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TIMES = ("t1", "t2", "t2star")
 SCANS = {
     "vfa_gre": {"acceleration": 4, "noise": 0.3},
@@ -32,15 +34,6 @@ SCANS = {
 QUICK = {"epochs": 12, "halve_every": 4, "learning_rate": 3e-3}
 TINY = {"grid": (2, 16, 14), "acceleration": 2, "noise": 0.3}
 SHORT = {"epochs": 2, "start_epochs": 2, "log2_rows": 10, "phase_log2_rows": 10}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Arrays this small are computed faster by one thread than shared out to several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

@@ -23,16 +23,9 @@ from quantitron.recon.trajectory_coils import ITERATIONS, centre_block, trajecto
 from quantitron.recon.trajectory_gram import sum_readouts
 from quantitron.recon.trajectory_sums import TrajectorySums
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TISSUE = {"t1": (0.4, 4.5), "t2": (0.03, 0.5)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Arrays this small are computed faster by one thread than shared out to several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def summed(scan: FingerprintScan) -> tuple[TrajectorySums, CoefficientBasis]:
