@@ -976,6 +976,18 @@ def test_the_pipeline_trains_jointly_and_says_when_it_failed(raw, tmp_path, monk
     assert {101, 91} <= {image.image_series_index for image in read_images(tmp_path / "failed.h5")}
 
 
+def test_a_pipeline_that_breaks_after_its_preview_fails_and_leaves_no_final_maps(raw, tmp_path, monkeypatch):
+    def breaks(*args, **kwargs):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(MapNetworks, "fit", breaks)
+    with pytest.raises(ScanError, match="solver 'lorein' gave no maps: CUDA out of memory"):
+        replay(raw, "lorein", tmp_path / "broken.h5")
+    series = {image.image_series_index for image in read_images(tmp_path / "broken.h5")}
+    assert 91 in series
+    assert not {101, 103, 104, 112} & series
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("training", ["alternating", "joint"])
 def test_a_gpu_gives_maps_as_good(training):
