@@ -73,7 +73,8 @@ class WeightedImagePriors(CoefficientSolver):
     weights: str = ""
     """File with the weights of the network; empty: those that come with the package."""
     start: str = field(default="estimate", metadata={"choices": STARTS})
-    """``estimate``: the linear one; ``least_squares``: conjugate gradient steps from zero, as published."""
+    """``estimate``: the linear one; ``least_squares``: as published, a few conjugate gradient steps from zero,
+    without any prior, whose noise is bounded by their number."""
     rounds: int = field(default=20, metadata={"minimum": 1})
     """Rounds of the splitting."""
     iterations: int = field(default=10, metadata={"minimum": 1})
@@ -177,7 +178,8 @@ class WeightedImagePriors(CoefficientSolver):
 
         u = estimate.coefficients
         if self.start == "least_squares":
-            u = fitted(torch.zeros_like(u), 0.0, None)
+            # With a little of the prior the steps would be preconditioned and arrive where noise decides.
+            u = estimate.proximal(torch.zeros_like(u), 0.0, None, self.iterations, 0.0)
         tissue = nearest(u, None, None)
         scale = float(intensity(torch.linalg.vector_norm(u, dim=1)[None])[0])
         weights = self._normalised_weights(estimate, tissue)
