@@ -73,8 +73,8 @@ class WeightedImagePriors(CoefficientSolver):
     weights: str = ""
     """File with the weights of the network; empty: those that come with the package."""
     start: str = field(default="estimate", metadata={"choices": STARTS})
-    """``estimate``: the linear one; ``least_squares``: as published, a few conjugate gradient steps from zero,
-    without any prior, whose noise is bounded by their number."""
+    """``estimate``: the linear one; ``least_squares``: as published, a few conjugate gradient steps from
+    zero, without any prior, whose noise is bounded by their number."""
     rounds: int = field(default=20, metadata={"minimum": 1})
     """Rounds of the splitting."""
     iterations: int = field(default=10, metadata={"minimum": 1})
