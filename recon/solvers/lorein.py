@@ -4,11 +4,11 @@
 
 ``training: joint`` is the published way: the networks of both blocks take the gradients of all terms
 (``lorein_joint.py``). Its defaults are what did better or runs faster; the published form besides has
-``voxels: all``, ``start_epochs: 0``, ``coil_start: network``, ``coupling: published``, ``held_out: 0``,
-``shared_encoder: false``, ``log2_rows: 19``, ``wnnm: 1``, ``wnnm_floor: 0`` and ``rank: 15``. ``training:
-alternating``, the default, minimises the terms of the same kind where each
-is easy, because a network that is trained through the undersampled Fourier transform learns the weak
-components, which carry the relaxation times, last and least:
+``voxels: all``, ``start_epochs: 0``, ``batch: 4``, ``convolution: true``, ``coil_start: network``,
+``coupling: published``, ``held_out: 0``, ``shared_encoder: false``, ``log2_rows: 19``, ``wnnm: 1``,
+``wnnm_floor: 0`` and ``rank: 15``. ``training: alternating``, the default, minimises the terms of the same
+kind where each is easy, because a network that is trained through the undersampled Fourier transform learns
+the weak components, which carry the relaxation times, last and least:
 
 1. LRR: coefficient images by conjugate gradients in the learnt low-rank basis (``cartesian.py``);
 2. DC2: Gauss-Newton steps of the maps themselves, with their total variation (``model_based.py``);
@@ -109,16 +109,16 @@ class LoREIN(ModelBased):
     """Of Adam."""
     low_rank_epochs: int = field(default=20, metadata={"minimum": 0})
     """Epochs in which the LRR block is trained alone; fewer than ``epochs``."""
-    batch: int = field(default=4, metadata={"minimum": 1})
-    """Readout positions in a step."""
+    batch: int = field(default=1, metadata={"minimum": 1})
+    """Readout positions in a step; as published: 4. The more steps an epoch has, the closer it comes."""
     voxels: str = field(default="object", metadata={"choices": ("object", "all")})
     """Where networks are evaluated: at the object's voxels, the others keeping the linear estimate's
     coefficients, or, as published, at all."""
     start_epochs: int = field(default=20, metadata={"minimum": 0})
     """Epochs of fitting the networks to the linear estimate and its maps beforehand, without any Fourier
     transform; 0, as published: they begin with constants. Amplitudes may then vanish and stay so."""
-    convolution: bool = True
-    """Whether the LRR block has its convolutional network."""
+    convolution: bool = False
+    """Whether the LRR block has its convolutional network, as published: it learns noise and aliasing."""
     coils: str = field(default="estimated", metadata={"choices": ("estimated", "given")})
     """Whether a network gives the coil maps, or they stay as ESPIRiT found them."""
     coil_start: str = field(default="espirit", metadata={"choices": ("espirit", "network")})
