@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 if "quantitron" not in sys.modules:
@@ -26,6 +25,8 @@ def _dictionaries_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Small arrays are computed faster by one thread than shared out to several."""
+    import torch  # here, because the command's own start is to be seen without it
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
