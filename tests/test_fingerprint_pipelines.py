@@ -185,7 +185,7 @@ def test_what_each_method_adds_shows(found, scans):
         assert t2["lrtv"] < 0.98 * t2["subspace"], order
         assert t2["mrf_admm"] < 0.97 * t2["subspace"], order
         for name in ("mri2qmap", "mrf_pnp"):
-            assert t2[name] < 0.87 * t2["lrtv"], (name, order)
+            assert t2[name] < 0.9 * t2["lrtv"], (name, order)
             assert t1[name] < 0.94 * t1["lrtv"], (name, order)
         assert t2["joint_inr"] < 0.92 * t2["svdmrf"], order
         assert t2["joint_inr cg"] < 1.05 * t2["llr"], order
