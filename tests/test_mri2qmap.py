@@ -96,7 +96,7 @@ def test_images_restored_to_the_truth_bring_the_maps_there():
 
 @pytest.mark.parametrize("denoiser", ["tv", "bm4d"])
 def test_no_learned_weights_are_needed(denoiser):
-    """A third of the spirals. Error of T1 and T2: linear 46 %, rounds without denoising 42, tv 40, bm4d 39."""
+    """A third of the spirals. Error of T1 and T2: linear 46 %, without denoising 42, tv 40, bm4d 39."""
     scan = fingerprint_scan(noise=0.5, pd=30.0, distinct=arms(32)[::3], coils=8)
     solver = replace(FAST, penalty=1.0)
     maps = solved(replace(solver, denoiser=denoiser), scan)
