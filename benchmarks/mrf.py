@@ -372,6 +372,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     wanted, orders = list(scans(arguments.scans)), arguments.orders.split(",")
+    for order in orders:
+        if order not in ORDERS and not (order.isdecimal() and int(order) > 0):
+            raise SystemExit(f"--orders takes {', '.join(ORDERS)}, or a number of interleaves; not '{order}'")
     pipelines, seeds = arguments.pipelines.split(","), [int(seed) for seed in arguments.seeds.split(",")]
     levels = [float(level) for level in arguments.snr.split(",")]
     lengths = [int(samples) for samples in arguments.samples.split(",")]

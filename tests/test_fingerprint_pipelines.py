@@ -47,6 +47,12 @@ SCAN: dict[str, Any] = {
     "snr": 10.0,
     "supersampling": 1,
 }
+SMALL_VOLUME: dict[str, Any] = {
+    "matrix": (24, 24, 6),
+    "fov": (96.0, 96.0, 24.0),
+    "interleaves": 6,
+    "supersampling": (3, 3, 1),
+}
 IS_NOISE = 1 << (ismrmrd.ACQ_IS_NOISE_MEASUREMENT - 1)
 IS_LAST = 1 << (ismrmrd.ACQ_LAST_IN_MEASUREMENT - 1)
 
@@ -395,13 +401,7 @@ def test_slices_have_maps_of_their_own(folder, phantom):
 def test_a_stack_of_spirals(folder, phantom):
     """Partitions are one volume; T1 grows along it as in the truth."""
     raw = folder / "stack.h5"
-    small = {
-        "matrix": (24, 24, 6),
-        "fov": (96.0, 96.0, 24.0),
-        "interleaves": 6,
-        "supersampling": (3, 3, 1),
-    }
-    simulate_fingerprint(output=raw, phantom=phantom, order="shuffled", **{**SCAN, **small})
+    simulate_fingerprint(output=raw, phantom=phantom, order="shuffled", **{**SCAN, **SMALL_VOLUME})
     measured = replayed(raw, "subspace")
     # T1 3.6, T2 5.4, PD 5.3 %
     assert measured["T1"] < 0.048
@@ -424,10 +424,7 @@ def test_tilted_spirals(folder, phantom):
     """Planes about kz, a trajectory of three columns that lies on no grid: the whole way in 3D."""
     raw = folder / "tilted.h5"
     small = {
-        "matrix": (24, 24, 6),
-        "fov": (96.0, 96.0, 24.0),
-        "interleaves": 6,
-        "supersampling": (3, 3, 1),
+        **SMALL_VOLUME,
         "volume": "tilted",
         "trains": 4,
     }
