@@ -7,6 +7,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from quantitron.recon.coefficient_basis import CoefficientBasis
+from quantitron.recon.coefficient_fit import fit_coefficients
 from quantitron.recon.data import SEQUENCE_MAPS, Maps, Problem
 from quantitron.recon.masks import signal_mask
 from quantitron.recon.match import Fit, fit
@@ -22,6 +24,7 @@ def parameter_maps(
     retained_energy: float,
     residual_to_noise: float,
     standard_deviations: bool,
+    components: CoefficientBasis | None = None,
 ) -> Maps:
     """Fit the voxels that hold signal.
 
@@ -32,6 +35,7 @@ def parameter_maps(
         mask_threshold: share of the brightest amplitude below which a voxel is background.
         rank, retained_energy, residual_to_noise: handed on to the maps.
         standard_deviations: whether the fit's standard deviations are handed on.
+        components: that span the images, where they are fewer than a voxel has numbers.
 
     Returns:
         Maps with s = 1 on the encoded grid; NaN outside the mask and where the fit gave nothing finite.
@@ -40,6 +44,10 @@ def parameter_maps(
     mask = signal_mask(images.abs().square().sum((0, 1)).sqrt(), mask_threshold)  # (z, y, x)
     inside = images[:, :, mask].permute(2, 0, 1)  # (voxel, e, l)
     result = _fit(inside.contiguous(), mask, problem)
+    if components is not None and components.rank < inside.shape[1] * inside.shape[2]:
+        mixing = components.mixing.to(inside)  # (e, l, k)
+        u = torch.einsum("elk,vel->vk", mixing.conj(), inside)
+        result = fit_coefficients(u, result, problem.reduced.basis.contrast, mixing, protocol)
     fitted = dict(result.parameters)
     if protocol.echoes == 1:
         fitted.pop("t2star", None)

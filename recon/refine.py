@@ -18,7 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantitron.recon.algorithms.levenberg_marquardt import VoxelState, levenberg_marquardt
+from quantitron.recon.algorithms.levenberg_marquardt import (
+    VoxelState,
+    damped_step,
+    inverse_diagonal,
+    levenberg_marquardt,
+)
 from quantitron.recon.data import Protocol
 from quantitron.recon.signal.dictionary import PARAMETER_RANGE
 from quantitron.recon.signal.models import CONTRAST_PARAMETERS
@@ -170,19 +175,14 @@ class Refinement:
         """(p, v) damped step; a parameter that its bound holds back leaves the others their own way."""
         gradient = state.gradient
         held = ((state.theta <= low) & (gradient < 0)) | ((state.theta >= high) & (gradient > 0))
-        gradient = gradient.masked_fill(held, 0)
-        tiny = torch.finfo(gradient.dtype).tiny
-        # Marquardt's scaling makes the damping independent of each parameter's unit.
         count = len(self._contrast)
         steps = []
         if count:
-            free = (~held[:count]).to(gradient.dtype)
-            normal = state.contrast_normal * free[:, None] * free[None]
-            diagonal = state.contrast_normal.diagonal().T  # (c, v)
-            extra = damping * diagonal + diagonal.amax(0) * 1e-12 + (1 - free) * diagonal + tiny
-            steps.append(_solve(normal, extra, gradient[:count]))
+            steps.append(damped_step(state.contrast_normal, gradient[:count], damping, held[:count]))
         if self._echo:
-            steps.append(gradient[count:] / (state.echo_normal * (1 + damping) + tiny))
+            tiny = torch.finfo(gradient.dtype).tiny
+            slope = gradient[count:].masked_fill(held[count:], 0)
+            steps.append(slope / (state.echo_normal * (1 + damping) + tiny))
         return torch.cat(steps)
 
     def _outcome(self, state: _State, start: Mapping[str, Tensor], elements: int) -> Refined:
@@ -191,16 +191,13 @@ class Refinement:
         noise = state.cost / max(degrees, 1)  # variance of the real and of the imaginary part
         deviation = {name: torch.zeros_like(row) for name, row in values.items()}
         count, tiny = len(self._contrast), torch.finfo(noise.dtype).tiny
-        extra = state.contrast_normal.diagonal().T if count else state.theta[:0]
+        contrast = inverse_diagonal(state.contrast_normal) if count else state.theta[:0]
         for number, name in enumerate(self._free):
             if number < count:
-                unit = torch.zeros_like(extra)
-                unit[number] = 1
-                floor = 1e-9 * extra.amax(0, keepdim=True).expand_as(extra) + tiny
-                inverse = _solve(state.contrast_normal, floor, unit)[number]
+                inverse = contrast[number]
             else:
                 inverse = 1 / state.echo_normal[number - count].clamp_min(tiny)
-            root = (inverse.clamp_min(0) * noise).sqrt()
+            root = (inverse * noise).sqrt()
             deviation[name] = root * values[name] if name in LOGARITHMIC else root
         return Refined(values, state.pd, state.cost, deviation)
 
@@ -211,33 +208,3 @@ def _power(values: Tensor) -> Tensor:
         return values.square()
     pairs = torch.view_as_real(values).square()
     return pairs[..., 0] + pairs[..., 1]
-
-
-def _solve(normal: Tensor, extra: Tensor, right: Tensor) -> Tensor:
-    """Solve (N + diag(extra)) x = right for every voxel by elimination; N is positive semidefinite.
-
-    Args:
-        normal: N (c, c, v).
-        extra: (c, v), positive.
-        right: (c, v).
-
-    Returns:
-        x (c, v).
-    """
-    count = len(right)
-    rows = [[normal[i, j] for j in range(count)] for i in range(count)]
-    values = list(right)
-    for i in range(count):
-        rows[i][i] = rows[i][i] + extra[i]
-    for i in range(count):
-        for j in range(i + 1, count):
-            # A pivot that rounding has made zero or negative keeps at least its own damping.
-            factor = rows[j][i] / torch.maximum(rows[i][i], extra[i])
-            for k in range(i + 1, count):
-                rows[j][k] = rows[j][k] - factor * rows[i][k]
-            values[j] = values[j] - factor * values[i]
-    for i in reversed(range(count)):
-        for k in range(i + 1, count):
-            values[i] = values[i] - rows[i][k] * values[k]
-        values[i] = values[i] / torch.maximum(rows[i][i], extra[i])
-    return torch.stack(values)

@@ -85,3 +85,64 @@ def _put(state: State, places: Tensor, other: State) -> None:
     """Write the voxels of ``other`` at ``places``."""
     for part in fields(state):
         getattr(state, part.name)[..., places] = getattr(other, part.name)
+
+
+def damped_step(normal: Tensor, gradient: Tensor, damping: Tensor, held: Tensor) -> Tensor:
+    """(p, v): the solution of (N + damping diag(N)) x = gradient; none of what a bound holds back.
+
+    Marquardt's scaling makes the damping independent of each parameter's unit. A parameter that is held
+    leaves the others their own way.
+
+    Args:
+        normal: N (p, p, v).
+        gradient: (p, v), along which the cost falls.
+        damping: (v,).
+        held: (p, v) bool, at a bound and drawn beyond it.
+    """
+    free = (~held).to(gradient.dtype)
+    diagonal = normal.diagonal().T  # (p, v)
+    tiny = torch.finfo(gradient.dtype).tiny
+    extra = damping * diagonal + diagonal.amax(0) * 1e-12 + (1 - free) * diagonal + tiny
+    return _solve(normal * free[:, None] * free[None], extra, gradient * free)
+
+
+def inverse_diagonal(normal: Tensor) -> Tensor:
+    """(p, v): the diagonal of the inverse of N (p, p, v); large where N says nothing, not infinite."""
+    diagonal = normal.diagonal().T  # (p, v)
+    floor = 1e-9 * diagonal.amax(0, keepdim=True) + torch.finfo(normal.dtype).tiny
+    rows = []
+    for number in range(len(normal)):
+        unit = torch.zeros_like(diagonal)
+        unit[number] = 1
+        rows.append(_solve(normal, floor.expand_as(diagonal), unit)[number])
+    return torch.stack(rows).clamp_min(0)
+
+
+def _solve(normal: Tensor, extra: Tensor, right: Tensor) -> Tensor:
+    """Solve (N + diag(extra)) x = right for every voxel by elimination; N is positive semidefinite.
+
+    Args:
+        normal: N (c, c, v).
+        extra: (c, v), positive.
+        right: (c, v).
+
+    Returns:
+        x (c, v).
+    """
+    count = len(right)
+    rows = [[normal[i, j] for j in range(count)] for i in range(count)]
+    values = list(right)
+    for i in range(count):
+        rows[i][i] = rows[i][i] + extra[i]
+    for i in range(count):
+        for j in range(i + 1, count):
+            # A pivot that rounding has made zero or negative keeps at least its own damping.
+            factor = rows[j][i] / torch.maximum(rows[i][i], extra[i])
+            for k in range(i + 1, count):
+                rows[j][k] = rows[j][k] - factor * rows[i][k]
+            values[j] = values[j] - factor * values[i]
+    for i in reversed(range(count)):
+        for k in range(i + 1, count):
+            values[i] = values[i] - rows[i][k] * values[k]
+        values[i] = values[i] / torch.maximum(rows[i][i], extra[i])
+    return torch.stack(values)

@@ -140,6 +140,7 @@ class CartesianSolver(CoefficientSolver):
             retained_energy=estimate.basis.retained_energy,
             residual_to_noise=residual if problem.noise_known else float("nan"),
             standard_deviations=self.standard_deviations,
+            components=estimate.basis,
         )
 
     def linear_estimate(self, problem: Problem, progress: Progress) -> LinearEstimate:
