@@ -553,6 +553,19 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_simulated(phantom,
         assert not output.with_suffix(".pairs").exists()
 
 
+def test_a_file_that_is_no_phantom_is_refused_before_a_dictionary_is_simulated(tmp_path, monkeypatch):
+    def simulated(_plan):
+        raise AssertionError("a dictionary was simulated")
+
+    monkeypatch.setattr(ScanPlan, "dictionary", simulated)
+    other = tmp_path / "other.npz"
+    np.savez(other, volume=np.ones((4, 4, 4)))
+    for command in ("train-arnet", "train-series-denoiser"):
+        done = CliRunner().invoke(app, [command, str(other), "-o", str(tmp_path / "w.safetensors"), *OPTIONS])
+        assert isinstance(done.exception, ScanError), command
+        assert "other.npz" in str(done.exception)
+
+
 @pytest.mark.parametrize("levels", ["0.1,0.5,3.7", "0.1,0.5,inf"])
 def test_a_number_of_levels_is_whole(phantom, tmp_path, levels):
     for command in (["train-series-denoiser", str(phantom)], ["train-denoiser", "--data", str(tmp_path)]):

@@ -20,6 +20,7 @@ import torch
 
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.network_weights import write_network
+from quantitron.phantoms.simulate import load_anatomy
 from quantitron.recon.canonical_series import protocol_checksum
 from quantitron.recon.device import choose_device
 from quantitron.recon.networks.conditional_unet import ConditionalUNet, UNetShape
@@ -229,6 +230,7 @@ class _Run:
                 self.data.update(str(phantom).encode() if named else Path(phantom).read_bytes())
             except OSError as error:
                 raise ScanError(f"the phantom {phantom} cannot be read: {error.strerror}") from error
+            load_anatomy(phantom)  # its faults are to be known before a dictionary is simulated
         self.phantoms = len(phantoms)
         training.slices.check_components()
 
