@@ -162,7 +162,9 @@ class Reconstruct(Gadget):
                     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                     if not isinstance(error, ValueError):  # a mistake of this program: say where
                         logger.error("slice %d: %s", number, type(error).__name__, exc_info=error)
-                    if final is None and preview is not None:
+                    if final is not None:
+                        context.fail(f"slice {number} of {slices}: failed after its maps were made: {reason}")
+                    elif preview is not None:
                         final = replace(preview, preview=False)
                         context.fail(f"slice {number} of {slices} holds the maps of its preview: {reason}")
                     elif slices > 1:

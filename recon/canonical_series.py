@@ -75,8 +75,14 @@ class TissueAxes:
     """(l, K) orthonormal columns in the temporal basis, real where the dictionary is."""
     size: Tensor
     """(K,) rms of each component over tissue, relative to the first one's."""
-    retained: float
-    """Share of the energy of tissue that they hold, of all that the temporal basis does."""
+    moments: Tensor
+    """(l, l) E[u u^H] of tissue in the temporal basis."""
+
+    def retained(self, columns: Tensor) -> float:
+        """Share of the energy of tissue that components (l, k) hold, of all that the temporal basis does."""
+        columns = columns.to(self.moments)
+        held = (columns.mH @ self.moments @ columns).diagonal().real.sum()
+        return float(held / self.moments.diagonal().real.sum())
 
     def channels(self) -> Tensor:
         """(2K, 1, 1, 1) the sizes, for real and imaginary parts."""
@@ -105,8 +111,9 @@ def tissue_axes(basis: Basis, dictionary: FingerprintDictionary, components: int
     largest = signals.gather(0, signals.abs().argmax(0, keepdim=True))[0]  # (K,)
     axes = axes * (largest.conj() / largest.abs())
     size = (found.variance[:components] / found.variance[0]).sqrt()
-    retained = float(found.variance[:components].sum() / found.variance.sum())
-    return TissueAxes(axes if bool(axes.imag.any()) else axes.real, size, retained)
+    every = found.mixing[0]  # (l, l)
+    moments = (every * found.variance.to(every)) @ every.mH
+    return TissueAxes(axes if bool(axes.imag.any()) else axes.real, size, moments)
 
 
 def canonical_series(

@@ -43,8 +43,9 @@ def fit_coefficients(
     psi: Tensor,
     mixing: Tensor,
     protocol: Protocol,
-    iterations: int = 20,
+    iterations: int = 50,
     chunk: int = 16384,
+    noise_variance: float | None = None,
 ) -> Fit:
     """Go on from a fit of whole signals, in the components.
 
@@ -58,10 +59,12 @@ def fit_coefficients(
         protocol: the sequence.
         iterations: steps at most; a voxel that has arrived takes no more.
         chunk: voxels worked on together; bounds memory, changes no result.
+        noise_variance: E|n|^2 of each coefficient, for the standard deviations; None: from the residual of
+            each voxel's fit.
 
     Returns:
-        The fit; standard deviations are the roots of the Cramer-Rao bound at its residual. A voxel whose
-        start is not finite stays as it is.
+        The fit; standard deviations are the roots of the Cramer-Rao bound, NaN where the noise is not given
+        and there are no more numbers than unknowns. A voxel whose start is not finite stays as it is.
     """
     model = MapModel(protocol, psi, mixing)
     real = coefficients.real.dtype
@@ -98,7 +101,11 @@ def fit_coefficients(
         final = levenberg_marquardt(evaluate, propose, theta[:, part], data, arrived, iterations)
         result[:, part] = final.theta
         # The variance of the real and of the imaginary part of a component.
-        noise = final.cost / max(2 * coefficients.shape[1] - len(theta), 1)
+        noise: Tensor | float = math.nan
+        if noise_variance is not None:
+            noise = noise_variance / 2
+        elif 2 * coefficients.shape[1] > len(theta):
+            noise = final.cost / (2 * coefficients.shape[1] - len(theta))
         deviation[:, part] = (noise * inverse_diagonal(final.normal)).sqrt()
     values = {
         name: row.exp() if name in TIMES else row for name, row in zip(model.names, result, strict=True)

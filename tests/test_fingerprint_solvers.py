@@ -14,7 +14,6 @@ from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
 from quantitron.recon.data import FingerprintProblem, Maps
 from quantitron.recon.operators.density_compensation import density_weights
 from quantitron.recon.operators.toeplitz import ToeplitzSense
-from quantitron.recon.solvers import fingerprint as fingerprint_module
 from quantitron.recon.solvers.fingerprint import FingerprintEstimate, FingerprintSolver
 from quantitron.recon.solvers.joint_inr import JointINR
 from quantitron.recon.solvers.llr import FingerprintLocallyLowRank
@@ -108,16 +107,14 @@ def test_the_residual_is_the_noise(noisy, solver):
     assert math.isnan(solved(solver, unknown).residual_to_noise)
 
 
-def test_components_below_the_noise_are_left_out(monkeypatch):
+def test_components_below_the_noise_are_left_out():
     """Those that stand out stay, and the maps hardly miss the others."""
     solver, ranks = FingerprintSubspace(), []
     for pd in (30.0, 100.0, 1e3):
         scan = fingerprint_scan(pd=pd, noise=1.0)
         maps = solved(solver, scan.problem)
         ranks.append(maps.rank)
-        with monkeypatch.context() as patch:
-            patch.setattr(fingerprint_module, "DETECTABLE", 0.0)
-            every = solved(solver, scan.problem)
+        every = solved(replace(solver, detectable=0.0), scan.problem)
         assert every.rank == 5
         assert maps.retained_energy <= every.retained_energy
         assert maps.retained_energy > 0.997

@@ -20,6 +20,7 @@ from quantitron.host.compare import compare
 from quantitron.host.replay import replay
 from quantitron.phantoms.simulate import simulate
 from quantitron.recon.data import Encoding, Maps, Problem
+from quantitron.recon.operators.reduced_data_term import ReducedDataTerm
 from quantitron.recon.operators.reduced_sense import ReducedSense
 from quantitron.recon.signal.map_model import normal_blocks
 from quantitron.recon.solvers import LocallyLowRank, LoREIN, ModelBased, Subspace
@@ -588,6 +589,39 @@ def test_networks_at_the_object_are_those_at_all_voxels_where_everything_is_obje
         assert one == pytest.approx(other, rel=1e-4)
 
 
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_the_phase_is_that_beside_the_given_coil_maps(everywhere):
+    """What the coil network takes of the maps' phase is given back; the data residual stays as it was."""
+    training = _training(everywhere=everywhere, multiply_coils=False, batch=1)
+    networks, start = _fresh(training), training.start
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in networks.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        block = networks.block(slice(None))
+        theta, given = networks.theta(block), training.estimate.operator.csm.to(torch.complex64)
+        csm = networks.csm(block, given)
+    if everywhere:
+        theta = theta[start.mask.flatten()]
+    own = replace(start, theta=theta.clamp(*start.model.limits(theta)))
+    found = training.unknowns(networks)
+    column = start.model.names.index("phase")
+    alike = (given.conj() * csm).sum(1)[start.mask]
+    assert float(alike.angle().square().mean().sqrt()) > 0.1, "the network's coil maps have a phase of theirs"
+    torch.testing.assert_close(
+        torch.polar(torch.ones_like(alike.abs()), found.theta[:, column] - own.theta[:, column]),
+        alike.sgn(),
+        rtol=0,
+        atol=1e-4,
+    )
+    others = [number for number in range(found.theta.shape[1]) if number != column]
+    assert torch.equal(found.theta[:, others], own.theta[:, others])
+    operator, term = training.estimate.operator, ReducedDataTerm(training.estimate.operator)
+    distance = float(term(slice(0, len(csm)), own.coefficients(), csm)) + 0.5 * operator.energy
+    expected = 2 * distance / (operator.samples * training.estimate.noise)
+    assert training.residual_to_noise(networks, found) == pytest.approx(expected, rel=1e-4)
+
+
 def test_voxels_outside_the_object_keep_what_is_known_of_them():
     """No step where there are none, the given coil maps, and maps of the object alone."""
     training = _training(everywhere=False, batch=1, held_out=0.0)
@@ -705,8 +739,9 @@ def test_the_residual_is_that_of_the_maps_and_the_coil_maps_found():
     other.__dict__.update(
         {**operator.__dict__, "_csm": torch.fft.ifftshift(csm, dim=(-2, -1))}  # the same with these maps
     )
-    residual = other.residual_energy(found.coefficients())
+    residual = other.residual_energy(found.coefficients())  # with the phase that goes with these coil maps
     expected = residual / (operator.samples * training.estimate.noise)
+    found = training.unknowns(networks)
     assert training.residual_to_noise(networks, found) == pytest.approx(expected, rel=1e-3)
 
 

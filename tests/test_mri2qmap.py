@@ -243,6 +243,19 @@ def test_joint_maps_are_the_tissue_that_was_found_last(undersampled):
     assert torch.equal(series.mask, maps.mask)
 
 
+def test_standard_deviations_are_those_of_the_noise_not_of_the_agreement(undersampled):
+    """The rounds draw the images to the dictionary: what the fit leaves of them says nothing of the noise."""
+    said = {}
+    for name, solver in (("mri2qmap", replace(FAST, denoiser="tv")), ("subspace", FingerprintSubspace())):
+        maps = solved(replace(solver, standard_deviations=True), undersampled)
+        said[name] = {
+            key: float(map_[0][undersampled.mask].nanmedian())
+            for key, map_ in maps.standard_deviation.items()
+        }
+    for key in ("t1", "t2"):
+        assert 0.5 < said["mri2qmap"][key] / said["subspace"][key] < 2, said
+
+
 def test_tissue_without_density_is_no_value():
     """Where the weighted images contradict every atom, and where a map that stays has no value."""
     grid = torch.ones(1, 1, 4)

@@ -18,7 +18,6 @@ from quantitron.recon.fingerprint_maps import fingerprint_maps
 from quantitron.recon.signal.fingerprint_dictionary import fingerprint_dictionary
 from quantitron.recon.signal.fisp_mrf import contrast_signal
 from quantitron.recon.signal.spin_echo import SpinEchoProtocol, spin_echo_signal
-from quantitron.recon.solvers import fingerprint as fingerprint_module
 from quantitron.recon.solvers.arnet import known_components
 from quantitron.recon.solvers.joint_inr import JointINR
 from quantitron.recon.solvers.nearest_fingerprint import NearestFingerprint
@@ -190,10 +189,9 @@ def test_standard_deviations_are_those_of_noise_in_the_components(kept, known):
         assert root_mean_square == pytest.approx(float(maps.values[name][0].std()), rel=0.1), name
 
 
-def test_standard_deviations_of_a_scan_follow_from_its_noise(monkeypatch):
+def test_standard_deviations_of_a_scan_follow_from_its_noise():
     """Where nothing is expected of the images and all of k-space is sampled, those of repeated scans."""
-    monkeypatch.setattr(fingerprint_module, "DETECTABLE", 0.5)
-    weak = {"regularisation": 1e-6, "dictionary_regularisation": 1e-6}
+    weak = {"regularisation": 1e-6, "dictionary_regularisation": 1e-6, "detectable": 0.5}
     solver = FingerprintSubspace(**weak, standard_deviations=True)
     found: dict[str, list[Tensor]] = {"t1": [], "t2": [], "pd": []}
     said: dict[str, list[Tensor]] = {"t1": [], "t2": [], "pd": []}

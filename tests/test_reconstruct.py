@@ -20,11 +20,16 @@ ENCODING = Encoding((2, 6, 4), (0.02, 0.06, 0.04), (2, 4, 4))
 PROTOCOL = Protocol("megre", (0.004, 0.009), (0.1,), (0.3,))
 LOST = 7.0
 """Energy of a slice whose solver fails after its preview."""
+LATE = 9.0
+"""Energy of a slice whose solver fails after its maps."""
 
 
 @dataclass(frozen=True)
 class Numbered(Solver):
-    """Yields a preview and maps that hold the slice's energy; fails where that is negative or ``LOST``."""
+    """Yields a preview and maps that hold the slice's energy.
+
+    Fails where that is negative, ``LOST`` or ``LATE``.
+    """
 
     name: ClassVar[str] = "numbered"
     sequences: ClassVar[tuple[str, ...]] = ("megre",)
@@ -40,6 +45,8 @@ class Numbered(Solver):
             raise RuntimeError("CUDA out of memory")
         progress("solving", 1.0)
         yield maps
+        if problem.reduced.energy == LATE:
+            raise ValueError("the standard deviations are not finite")
 
 
 def _problem(energy):
@@ -98,6 +105,14 @@ def test_the_preview_of_a_failed_slice_is_kept_and_said_to_be_one():
     assert maps.values["pd"][1].eq(LOST).all()
     assert maps.values["pd"][2].eq(3).all()
     assert context.failures == ["slice 1 of 3 holds the maps of its preview: CUDA out of memory"]
+
+
+def test_what_fails_after_the_maps_keeps_them_and_is_said():
+    context = _context()
+    *_, maps = _run([LATE], context)
+    assert maps.values["pd"].eq(LATE).all()
+    said = "failed after its maps were made: the standard deviations are not finite"
+    assert context.failures == [f"slice 0 of 1: {said}"]
 
 
 def test_slices_are_made_one_at_a_time():

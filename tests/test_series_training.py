@@ -566,6 +566,16 @@ def test_a_file_that_is_no_phantom_is_refused_before_a_dictionary_is_simulated(t
         assert "other.npz" in str(done.exception)
 
 
+def test_the_same_phantom_twice_is_refused(phantom, tmp_path):
+    """Of many, one of the two would be held out, and its tissue learned from all the same."""
+    again = tmp_path / "again.npz"
+    again.write_bytes(phantom.read_bytes())
+    for command in ("train-arnet", "train-series-denoiser"):
+        weights = str(tmp_path / "w.safetensors")
+        done = CliRunner().invoke(app, [command, str(phantom), str(again), "-o", weights, *OPTIONS])
+        assert re.search(r"the phantoms .*ellipses\.npz and .*again\.npz are the same", str(done.exception))
+
+
 @pytest.mark.parametrize("levels", ["0.1,0.5,3.7", "0.1,0.5,inf"])
 def test_a_number_of_levels_is_whole(phantom, tmp_path, levels):
     for command in (["train-series-denoiser", str(phantom)], ["train-denoiser", "--data", str(tmp_path)]):
@@ -609,6 +619,8 @@ def test_a_scan_and_its_plan_visit_as_much_of_k_space(phantom):
     kspace = simulate_slice(placed, scan, dictionary, seed=2).problem.kspace
     assert visited_share(kspace) == pytest.approx(scan.visited)
     assert scan.visited == pytest.approx(SCAN.visited / 3)
+    short = replace(scan, acquired=None, points=3)
+    assert short.visited == pytest.approx(scan.visited * 3 / 4), "no more readouts than time points"
     assert visited_share(kspace) < 0.1 * kspace.trajectory.shape[0] / 48**2  # played again and again
 
 

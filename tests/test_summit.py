@@ -16,7 +16,7 @@ from quantitron.host.replay import replay
 from quantitron.phantoms.simulate import simulate
 from quantitron.recon.data import SEQUENCE_MAPS, Maps, Problem
 from quantitron.recon.operators.frame_data_term import FrameDataTerm
-from quantitron.recon.solvers import Subspace, Summit
+from quantitron.recon.solvers import Subspace, Summit, scan_fit
 from quantitron.recon.solvers.cartesian import CartesianSolver
 from quantitron.recon.solvers.held_out import split_lines
 from quantitron.recon.solvers.scan_fit import ScanFit
@@ -166,6 +166,22 @@ def test_losses_are_those_of_all_positions_however_they_are_cut():
         found[batch] = (record.losses[0]["data"], record.held_out[0][1], start["maps"])
     for batch, values in found.items():
         assert values == pytest.approx(found[1], rel=1e-4), batch
+
+
+def test_the_norm_weighs_as_much_as_the_data_however_they_are_cut():
+    """The sum over an epoch of what the gradients see: 9 positions in batches of 8 are not two batches."""
+    problem, *_ = _scan(grid=(1, 12, 9), acceleration=2, noise=0.3)
+    shares = {}
+    for batch in (1, 4, 8, 9):
+        fit = _fit(problem, batch=batch, start="constant", epochs=1, wnnm=0.5)
+        fit._norm = lambda plane, number: torch.zeros((), requires_grad=True) + 1.0
+        fit._mean_absolute_error = lambda data, part: torch.ones((), requires_grad=True) * 1.0
+        steps: list[float] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scan_fit, "_step", lambda _, loss, steps=steps: steps.append(float(loss.detach())))
+            fit._epoch(None, 1)
+        shares[batch] = sum(steps) / (1 + 0.5) * batch
+    assert all(share == pytest.approx(9) for share in shares.values()), shares
 
 
 def test_an_inversion_that_fails_is_not_a_perfect_one():

@@ -79,7 +79,8 @@ class ScanPlan:
     @property
     def visited(self) -> float:
         """Samples of all distinct readouts over voxels (see ``recon.scan_conditions``)."""
-        played = len(acquired_interleaves(self.interleaves, self.acquired))
+        protocol = self.protocol()
+        played = min(len(acquired_interleaves(self.interleaves, self.acquired)), protocol.contrasts)
         samples = int(spirals(self).shape[1])
         return played * samples / math.prod(self.matrix)
 

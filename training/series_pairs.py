@@ -31,7 +31,7 @@ from quantitron.training.artifact_scan import ScanPlan, SimulatedSlice, place_sl
 
 logger = logging.getLogger("quantitron")
 
-_LAYOUT = 2
+_LAYOUT = 3
 """Raised whenever the arrays of a file change their meaning."""
 
 

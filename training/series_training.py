@@ -224,12 +224,19 @@ class _Run:
         self.parting = part_slices(len(phantoms), training.slices, training.held_out)
         self.protocol = training.slices.scans[0].protocol()
         self.data = hashlib.sha256()
+        known: dict[bytes, Path | str] = {}  # by content
         for phantom in phantoms:
             named = str(phantom) in ("mni", "nist")
             try:
-                self.data.update(str(phantom).encode() if named else Path(phantom).read_bytes())
+                content = str(phantom).encode() if named else Path(phantom).read_bytes()
             except OSError as error:
                 raise ScanError(f"the phantom {phantom} cannot be read: {error.strerror}") from error
+            self.data.update(content)
+            digest = hashlib.sha256(content).digest()
+            if digest in known:
+                # Of many phantoms whole ones are held out, which then would have been learned from.
+                raise ScanError(f"the phantoms {known[digest]} and {phantom} are the same")
+            known[digest] = phantom
             load_anatomy(phantom)  # its faults are to be known before a dictionary is simulated
         self.phantoms = len(phantoms)
         training.slices.check_components()

@@ -34,6 +34,7 @@ def residual_energy(sums: TrajectorySums, csm: Tensor, mixing: Tensor, coefficie
         mixing = mixing.real
     kind = torch.promote_types(mixing.dtype, sums.gram.dtype)
     gram = mixing.to(kind).mH @ sums.gram.to(device, kind) @ mixing.to(kind)  # (g, k, k)
+    gram = gram.to(csm.dtype if gram.is_complex() else csm.real.dtype)
     readout = sums.readout.to(device)
     images = coefficients.to(csm).permute(1, 2, 3, 0)  # (k, z, y, x)
     total = sums.energy

@@ -81,13 +81,14 @@ class ArtifactRemoval(FingerprintSolver):
         self._compare(trained.description, estimate, images, axes)
         images = self.restored(images, axes, trained, problem, estimate.voxel_size)
         inside = torch.einsum("lk,xlzy->xkzy", mixing.conj(), images)
-        residual = estimate.residual_to_noise(inside)
+        residual = estimate.residual_to_noise(inside)  # of what the scan's own components hold
         progress("matching", 0.85)
         known = known_components(axes.axes, estimate.basis.mixing[0])
-        energy = problem.basis.retained_energy * axes.retained
+        energy = problem.basis.retained_energy * axes.retained(known)
         basis = CoefficientBasis(known[None].to(torch.complex64), torch.ones(known.shape[1]), energy)
         images = torch.einsum("lk,xlzy->xkzy", known.conj().to(images), images)
-        yield self.matched(images, basis, problem, residual)
+        # The noise of the linear estimate: what the network leaves of it nobody knows.
+        yield self.matched(images, basis, problem, residual, estimate.image_noise**2)
         progress("done", 1.0)
 
     @property

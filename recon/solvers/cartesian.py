@@ -141,6 +141,7 @@ class CartesianSolver(CoefficientSolver):
             residual_to_noise=residual if problem.noise_known else float("nan"),
             standard_deviations=self.standard_deviations,
             components=estimate.basis,
+            noise_variance=estimate.image_noise**2,
         )
 
     def linear_estimate(self, problem: Problem, progress: Progress) -> LinearEstimate:

@@ -35,9 +35,6 @@ from quantitron.recon.trajectory_coils import centre_block, trajectory_coil_maps
 from quantitron.recon.trajectory_gram import sum_readouts
 from quantitron.recon.trajectory_sums import TrajectorySums
 
-DETECTABLE = 0.03
-"""Expected energy of a component over that of the noise in its image, below which it is left out: it would
-come out as nothing, and all steps cost as much as there are components."""
 LEAST_COMPONENTS = 3
 """T1, T2 and PD take as many numbers: fewer components fit one tissue as well as another."""
 
@@ -153,6 +150,10 @@ class FingerprintSolver(CoefficientSolver, FingerprintMethod):
 
     learning_iterations: int = field(default=12, metadata={"minimum": 0})
     """Conjugate gradient steps of the first pass, from which the basis is learnt; 0: the dictionary's."""
+    detectable: float = field(default=0.03, metadata={"minimum": 0})
+    """Expected energy of a component over that of the noise in its image, below which it is left out: it
+    would come out as nothing, and all steps cost as much as there are components. Methods that ask the
+    dictionary what an image must hold find more."""
 
     def refine(self, estimate: FingerprintEstimate, seed: int, progress: Progress) -> Tensor:
         """Coefficient images (x, k, z, y) of this method.
@@ -179,7 +180,8 @@ class FingerprintSolver(CoefficientSolver, FingerprintMethod):
         """All passes."""
         prepared = self.prepare(problem, progress)
         noise, energy = prepared.noise, prepared.energy
-        basis = _detectable(prepared.basis, energy * _mean_density(prepared.sums) / noise, DETECTABLE / 10)
+        density = _mean_density(prepared.sums)
+        basis = _detectable(prepared.basis, energy * density / noise, self.detectable / 10)
         progress("point spread functions", 0.1)
         operator = ToeplitzSense(prepared.sums, prepared.csm, basis.mixing[0].to(problem.device))
         data = operator.adjoint_data()
@@ -193,7 +195,7 @@ class FingerprintSolver(CoefficientSolver, FingerprintMethod):
             mask = signal_mask(energy.sqrt(), self.mask_threshold)
             basis, rotation = learnt_basis(basis, start.cpu(), energy.permute(2, 0, 1), mask.permute(2, 0, 1))
             curvature = float(operator.mean_diagonal().mean())
-            basis = _detectable(basis, energy * curvature / noise, DETECTABLE)
+            basis = _detectable(basis, energy * curvature / noise, self.detectable)
             turn = rotation[:, : basis.rank].mH.to(start)  # (new k, k)
             start, data = (torch.einsum("jk,xkzy->xjzy", turn, images) for images in (start, data))
             progress("point spread functions", 0.23)

@@ -167,17 +167,36 @@ class JointTraining:
             for first in range(0, networks.shape[0], self.settings.batch):
                 block = networks.block(slice(first, first + self.settings.batch))
                 csm = networks.csm(block, self._csm[block.part])
-                total += float(term(block.part, coefficients[block.part], csm))
+                turned = self._phase_taken(block, csm)[:, None]
+                total += float(term(block.part, coefficients[block.part], csm * turned.conj()))
         return 2 * total / (operator.samples * self.estimate.noise)
 
     def unknowns(self, networks: JointNetworks) -> MapEstimate:
-        """PMR's maps inside the mask."""
+        """PMR's maps inside the mask, their phase that beside the given coil maps.
+
+        The data tell the product of coil maps and phase alone.
+        """
         with torch.no_grad():
-            theta = networks.theta(networks.block(slice(None)))
+            block = networks.block(slice(None))
+            theta = networks.theta(block)
+            taken = self._phase_taken(block, networks.csm(block, self._csm)).angle()[self.start.mask]
         if networks.known is None:
             theta = theta[self.start.mask.flatten()]
+        phase = [name == "phase" for name in self.start.model.names]
+        theta = theta + taken[:, None] * theta.new_tensor(phase)
         low, high = self.start.model.limits(theta)
         return replace(self.start, theta=theta.clamp(low, high))
+
+    def _phase_taken(self, block: Block, csm: Tensor) -> Tensor:
+        """(x, z, y) of length 1: the phase that the networks' coil maps took from the maps, inside the mask.
+
+        Args:
+            block: of readout positions.
+            csm: (x, c, z, y) the networks' coil maps.
+        """
+        alike = (self._csm[block.part].conj() * csm).sum(1)  # (x, z, y)
+        inside = self.start.mask[block.part] & (alike != 0)
+        return torch.where(inside, alike.sgn(), torch.ones_like(alike))
 
     def _data(self, block: Block, images: Tensor, csm: Tensor, theta: Tensor | None) -> Tensor:
         """1/2 ||s - A U||^2 - 1/2 ||s||^2 for U (x, k, z, y) and what is known outside the object.

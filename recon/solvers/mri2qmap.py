@@ -214,7 +214,7 @@ class FingerprintMri2Qmap(WeightedImagePriors, FingerprintSolver):
         agreed = self.agreed(estimate, problem.seed, _within(progress, 0.4, 0.45))
         residual = estimate.residual_to_noise(agreed.coefficients)
         progress("matching", 0.85)
-        maps = self.matched(agreed.coefficients, estimate.basis, problem, residual)
+        maps = self.matched(agreed.coefficients, estimate.basis, problem, residual, estimate.image_noise**2)
         yield with_tissue(maps, agreed.tissue, ("t1", "t2", "pd")) if self.maps_from == "joint" else maps
         progress("done", 1.0)
 

@@ -281,6 +281,8 @@ class ScanFit:
         if with_norm and not self._planes:
             self._planes = self._matched_planes()
         visits = self._visits(len(batches)) if with_norm else {}
+        # As much as all data losses of the epoch, of which the last batch may hold fewer positions.
+        weight = sum(self._share(batch) for batch in batches)
         data: list[Tensor] = []
         norm = torch.zeros((), device=self.device)
         for step, batch in enumerate(batches):
@@ -290,7 +292,7 @@ class ScanFit:
             if step in visits:
                 value = self._norm(self._planes[visits[step]], number + step)
                 norm += value.detach()
-                loss = loss + settings.wnnm * len(batches) / len(visits) * value
+                loss = loss + settings.wnnm * weight / len(visits) * value
             _step(optimizer, loss)
         losses = {"data": self._mean(data, batches)}
         if visits:
