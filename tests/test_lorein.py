@@ -807,7 +807,7 @@ def test_coil_maps_from_nothing_do_not_know_those_given():
     flat = torch.full_like(csm, csm.shape[1] ** -0.5)
     assert float((csm - flat).norm() / flat.norm()) < 0.01  # that is what they begin with
     with pytest.raises(ValueError, match=r"coils 'given'.*coil_start 'network'"):
-        LoREIN(coils="given", coil_start="network")
+        LoREIN(training="joint", coils="given", coil_start="network")
 
 
 def test_blocks_are_coupled_by_the_curvature_of_the_data_or_as_published():
@@ -878,7 +878,6 @@ def _context(problem: Problem) -> Context:
     ("settings", "needed"),
     [
         ({}, False),
-        ({"data_term": "frames"}, False),
         ({"training": "joint"}, True),
         ({"training": "joint", "held_out": 0}, False),
         ({"training": "joint", "held_out": 0, "data_term": "frames"}, True),
@@ -904,6 +903,10 @@ def test_lines_are_kept_where_they_are_needed(settings, needed):
             "a window of 3 has 4 positions in the corner of a plane, fewer than the 16 similar",
         ),
         ({"training": "joint", "epochs": "20"}, "low_rank_epochs 20 leave none of the 20 epochs to the maps"),
+        (
+            {"batch": "4", "convolution": "true"},
+            "batch, convolution change the training 'joint' alone, and training is 'alternating'",
+        ),
         ({"training": "both"}, "'training' is 'both', but must be"),
         ({"wnmm": "0"}, "unknown property 'wnmm'; did you mean 'wnnm'"),
         ({"held_out": "0.9"}, "'held_out' is '0.9', but must be at most 0.5"),

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 import torch
@@ -49,6 +49,12 @@ logger = logging.getLogger("quantitron")
 
 POOR_FIT = 2.0
 """Residual of jointly trained maps, in units of that of the linear estimate's, above which it is said."""
+OF_JOINT_TRAINING = (
+    *("learning_rate", "low_rank_epochs", "batch", "voxels", "start_epochs", "convolution", "coils"),
+    *("coil_start", "coupling", "wnnm_start", "wnnm_floor", "data_term", "held_out", "patience"),
+)
+"""Settings that do nothing in the other training. ``epochs`` and ``halve_every``, of which the same holds,
+stand in the preset of a sequence."""
 MEDIAN_SQUARE = 0.455
 """Median of the square of a normal deviate of variance 1."""
 
@@ -143,10 +149,20 @@ class LoREIN(ModelBased):
 
         Raises:
             ValueError: if the end of a range is not above its start, the window is even or holds fewer
-                patches than a stack, joint training ends before the maps have been trained, or coil maps that
-                are to stay as they are should begin with a network.
+                patches than a stack, joint training ends before the maps have been trained, coil maps that
+                are to stay as they are should begin with a network, or a setting of joint training is changed
+                and another training chosen.
         """
         super().__post_init__()
+        if self.training != "joint":
+            every = {entry.name: entry.default for entry in fields(self)}
+            changed = [name for name in OF_JOINT_TRAINING if getattr(self, name) != every[name]]
+            if changed:
+                verb = "changes" if len(changed) == 1 else "change"
+                raise ValueError(
+                    f"{', '.join(changed)} {verb} the training 'joint' alone, and training is "
+                    f"'{self.training}'; set training to joint, or leave {' and '.join(changed)} out"
+                )
         if self.coils == "given" and self.coil_start == "network":
             raise ValueError("coils 'given' are ESPIRiT's maps; coil_start 'network' has none: choose one")
         if self.training == "joint" and self.low_rank_epochs >= self.epochs:
