@@ -209,7 +209,7 @@ def run(table: Table, case: Case, name: str, raw: Path, pipelines: Iterable[tupl
         pipelines: label, and pipeline with settings.
     """
     dictionary = cached_dictionary(make_schedule(case.schedule, case.points, seed=case.seed))
-    maps, unit = raw.with_suffix(".maps"), None
+    maps, unit = raw.with_suffix(f".{os.getpid()}.maps"), None  # of this run: the folder may be shared
     place = [*case.key(name), f"{case.unknowns_per_sample:.2g}"]
     for label, pipeline in pipelines:
         method, settings = settings_of(pipeline)
@@ -338,7 +338,7 @@ def parts(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     for name, anatomy in objects(arguments.sources, folder):
         for case in cases(arguments):
             raw = case.simulate(name, anatomy, folder)
-            maps = raw.with_suffix(".maps")
+            maps = raw.with_suffix(f".{os.getpid()}.maps")
             # The first run of a process also pays for what later ones find ready (kernels, threads).
             for warm in (False, True) if arguments.warm else (True,):
                 forget_peak()
