@@ -19,6 +19,7 @@ from torch import Tensor
 from quantitron.recon.algorithms.levenberg_marquardt import (
     VoxelState,
     damped_step,
+    held_back,
     inverse_diagonal,
     levenberg_marquardt,
 )
@@ -68,12 +69,11 @@ def fit_coefficients(
     """
     model = MapModel(protocol, psi, mixing)
     real = coefficients.real.dtype
-    free = start.parameters
-    columns = [free[name].log() for name in model.times] + ([free["b0"]] if protocol.echoes > 1 else [])
+    found = start.parameters
+    columns = [found[name].log() for name in model.times] + ([found["b0"]] if protocol.echoes > 1 else [])
     theta = torch.stack([start.pd.abs().log(), start.pd.angle(), *columns]).to(real)  # (p, v)
     low, high = (bound[:, None] for bound in model.limits(theta))
     arrived = ARRIVED * model.units(theta)[:, None]
-    held = {"inversion": free["inversion"].to(real)} if "inversion" in free else {}
     good = theta.isfinite().all(0).nonzero()[:, 0]
 
     def evaluate(theta: Tensor, data: Mapping[str, Tensor]) -> _State:
@@ -89,15 +89,15 @@ def fit_coefficients(
         )
 
     def propose(state: _State, damping: Tensor) -> Tensor:
-        held = ((state.theta <= low) & (state.gradient < 0)) | ((state.theta >= high) & (state.gradient > 0))
+        held = held_back(state.theta, state.gradient, low, high)
         return (state.theta + damped_step(state.normal, state.gradient, damping, held)).clamp(low, high)
 
     theta = theta.clamp(low, high)
     result, deviation = theta.clone(), torch.full_like(theta, math.nan)
     for part in torch.split(good, chunk):
         data = {"u": coefficients[part].T.contiguous()}
-        if "inversion" in CONTRAST_PARAMETERS[protocol.sequence] and held:
-            data["inversion"] = held["inversion"][part]
+        if "inversion" in CONTRAST_PARAMETERS[protocol.sequence]:
+            data["inversion"] = found["inversion"][part].to(real)
         final = levenberg_marquardt(evaluate, propose, theta[:, part], data, arrived, iterations)
         result[:, part] = final.theta
         # The variance of the real and of the imaginary part of a component.
@@ -110,9 +110,9 @@ def fit_coefficients(
     values = {
         name: row.exp() if name in TIMES else row for name, row in zip(model.names, result, strict=True)
     }
-    found = {name: values.get(name, row) for name, row in free.items()}
+    parameters = {name: values.get(name, row) for name, row in found.items()}
     spread = dict(start.standard_deviation)
     for name, row in zip(model.names, deviation, strict=True):
         if name in spread:
             spread[name] = row * values[name] if name in TIMES else row
-    return Fit(found, torch.polar(values["amplitude"].exp(), values["phase"]), spread)
+    return Fit(parameters, torch.polar(values["amplitude"].exp(), values["phase"]), spread)

@@ -21,6 +21,7 @@ from torch import Tensor
 from quantitron.recon.algorithms.levenberg_marquardt import (
     VoxelState,
     damped_step,
+    held_back,
     inverse_diagonal,
     levenberg_marquardt,
 )
@@ -174,7 +175,7 @@ class Refinement:
     def _step(self, state: _State, damping: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """(p, v) damped step; a parameter that its bound holds back leaves the others their own way."""
         gradient = state.gradient
-        held = ((state.theta <= low) & (gradient < 0)) | ((state.theta >= high) & (gradient > 0))
+        held = held_back(state.theta, gradient, low, high)
         count = len(self._contrast)
         steps = []
         if count:

@@ -87,6 +87,11 @@ def _put(state: State, places: Tensor, other: State) -> None:
         getattr(state, part.name)[..., places] = getattr(other, part.name)
 
 
+def held_back(theta: Tensor, gradient: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """(p, v) bool: parameters at a bound, (p, 1) each, beyond which ``gradient``, (p, v), would draw them."""
+    return ((theta <= low) & (gradient < 0)) | ((theta >= high) & (gradient > 0))
+
+
 def damped_step(normal: Tensor, gradient: Tensor, damping: Tensor, held: Tensor) -> Tensor:
     """(p, v): the solution of (N + damping diag(N)) x = gradient; none of what a bound holds back.
 
@@ -97,7 +102,7 @@ def damped_step(normal: Tensor, gradient: Tensor, damping: Tensor, held: Tensor)
         normal: N (p, p, v).
         gradient: (p, v), along which the cost falls.
         damping: (v,).
-        held: (p, v) bool, at a bound and drawn beyond it.
+        held: (p, v) bool, what ``held_back`` tells.
     """
     free = (~held).to(gradient.dtype)
     diagonal = normal.diagonal().T  # (p, v)
