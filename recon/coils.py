@@ -7,12 +7,14 @@ as calibration data. The maps have unit root-sum-of-squares at every voxel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from quantitron.recon.calibration_room import with_room
 from quantitron.recon.coefficient_basis import CoefficientBasis
 from quantitron.recon.data import Calibration, ReducedKSpace
 from quantitron.recon.espirit import espirit, refer_phase
@@ -61,17 +63,19 @@ def maps_of_block(block: Tensor, grid: tuple[int, int, int]) -> Tensor:
     coils, (nz, ny, nx) = block.shape[1], grid
     if not block.abs().max() > 0:
         return torch.full((nx, coils, nz, ny), coils**-0.5, dtype=torch.complex64)
+    block, wide = with_room(block, grid)
     places = tuple(
-        1 if n == 1 else min(n, max(2 * b, 32)) for n, b in zip((nz, ny, nx), block.shape[2:], strict=True)
+        1 if n == 1 else min(n, max(2 * b, 32)) for n, b in zip(wide, block.shape[2:], strict=True)
     )
     window = 6
     while (
         coils * (1 if nz == 1 else min(6, block.shape[2])) * window**2 > _MOST_KERNEL_ELEMENTS and window > 3
     ):
         window -= 1
-    maps, eigenvalue = espirit(block, (places[0], places[1], places[2]), (6, window, window))
+    empty = 1 - math.prod(grid) / math.prod(wide)
+    maps, eigenvalue = espirit(block, (places[0], places[1], places[2]), (6, window, window), empty=empty)
     maps = refer_phase(maps, eigenvalue * energy_on_grid(block, maps.shape[1:]))
-    return _resample(maps, grid).permute(3, 0, 1, 2).contiguous()  # (x, c, z, y)
+    return _resample(maps, wide, grid).permute(3, 0, 1, 2).contiguous()  # (x, c, z, y)
 
 
 def centred_box(sampled: Tensor) -> tuple[int, int]:
@@ -188,13 +192,19 @@ def energy_on_grid(block: Tensor, places: Sequence[int]) -> Tensor:
     return centred_ifft(images, (2, 3, 4)).abs().square().sum((0, 1))
 
 
-def _resample(maps: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Linear interpolation of smooth maps (c, z, y, x) about the centre n // 2, rescaled to unit length."""
-    if tuple(maps.shape[1:]) == grid:
+def _resample(maps: Tensor, wide: tuple[int, int, int], grid: tuple[int, int, int]) -> Tensor:
+    """Linear interpolation of smooth maps (c, z, y, x) about the centre n // 2, rescaled to unit length.
+
+    Args:
+        maps: at places that cover as much as ``wide``.
+        wide: (z, y, x) voxels of the field of view that the maps were found in.
+        grid: (z, y, x) voxels wanted, of the same size.
+    """
+    if tuple(maps.shape[1:]) == grid == wide:
         return maps
     axes = []
-    for places, n in zip(maps.shape[1:], grid, strict=True):
-        index = (torch.arange(n) - n // 2) * (places / n) + places // 2
+    for places, m, n in zip(maps.shape[1:], wide, grid, strict=True):
+        index = (torch.arange(n) - n // 2) * (places / m) + places // 2
         # grid_sample runs from -1 to 1 between the first and the last place.
         axes.append(2 * index / max(places - 1, 1) - 1 if places > 1 else torch.zeros(n))
     z, y, x = torch.meshgrid(*axes, indexing="ij")

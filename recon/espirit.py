@@ -23,6 +23,7 @@ def espirit(
     kernel: tuple[int, int, int] = (6, 5, 5),
     threshold: float = 0.03,
     power_iterations: int = 40,
+    empty: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Maps on a grid of any size that covers the field of view.
 
@@ -31,8 +32,10 @@ def espirit(
         grid: (z, y, x) places at which the maps are evaluated; at least twice the kernel in each direction.
         kernel: (z, y, x) size of the windows; cut to the block where that is smaller.
         threshold: singular values below this share of the largest belong to noise, as do those that are
-            about as small as the smallest.
+            about as small as the smallest of noise.
         power_iterations: steps of the power method for the dominant eigenvector.
+        empty: share of the field of view that nothing was measured of, noise neither: as large a share of the
+            singular values tells nothing of the noise.
 
     Returns:
         maps (c, z, y, x) of unit root-sum-of-squares, phase referred to the array's dominant combination;
@@ -54,7 +57,7 @@ def espirit(
     rows = windows.permute(0, 2, 3, 4, 1, 5, 6, 7).reshape(-1, coils * size[0] * size[1] * size[2])
     normal = rows.mH @ rows  # of the calibration matrix
     values, vectors = torch.linalg.eigh(normal)
-    least = torch.maximum(threshold**2 * values[-1], NOISE_SPREAD * values[0])
+    least = torch.maximum(threshold**2 * values[-1], NOISE_SPREAD * values[int(empty * len(values))])
     signal = vectors[:, (values > least) | (values == values[-1])]
     # The windows are rows: as columns they lie in the conjugate space.
     projector = (signal.conj() @ signal.mT).reshape(coils, *size, coils, *size)

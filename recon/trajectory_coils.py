@@ -25,10 +25,17 @@ from quantitron.recon.trajectory_sums import TrajectorySums
 
 COARSE = 32
 """Voxels of the coarse grid along an axis, at most."""
-KEPT = 24
-"""Points of its k-space that are kept: towards its edge the samples end, and what they tell with them."""
-ITERATIONS = 12
-"""Conjugate gradient steps: the centre is densely sampled."""
+KEPT = {2: 24, 3: 18}
+"""Points of its k-space that are kept along an axis, for trajectories of so many dimensions: beyond a disc,
+or a ball, there are no samples, and of the corners of a larger block they tell nothing."""
+ITERATIONS = 100
+"""Conjugate gradient steps at most. They end when the residual of the equations is what noise puts into their
+right side: towards the edge of a ball, at whose centre the samples lie far denser, later ones take in noise
+(100 of them: maps of a slab 3.9 % off in place of 3.0 %), and of 12 the edge has not been heard."""
+LEAST_TOLERANCE = 1e-4
+"""Relative residual below which no more is asked of single precision."""
+LEAST_ENERGY = 0.1
+"""Of a component, over that of the strongest one, below which coil maps do without it: noise would count."""
 
 
 def centre_block(sums: TrajectorySums, basis: CoefficientBasis, noise: float) -> Tensor:
@@ -79,12 +86,18 @@ def centre_block(sums: TrajectorySums, basis: CoefficientBasis, noise: float) ->
     def normal(images: Tensor) -> Tensor:
         return torch.stack([operator(image) for image in images]) + penalty * images
 
+    noise_norm = float(noise * right[:, :, 0].numel() * operator.mean_diagonal().sum()) ** 0.5
     images = conjugate_gradient(
-        normal, right, start=None, preconditioner=lambda r: r, iterations=ITERATIONS, tolerance=1e-4
+        normal,
+        right,
+        start=None,
+        preconditioner=lambda residual: residual,
+        iterations=ITERATIONS,
+        tolerance=max(LEAST_TOLERANCE, noise_norm / max(float(right.norm()), noise_norm)),
     ).permute(0, 2, 3, 4, 1)  # (c, k, z, y, x)
     block = centred_fft(images, (2, 3, 4)).transpose(0, 1)
     for axis, length in enumerate(coarse):
-        kept = min(length, KEPT) if length == COARSE else length
+        kept = min(length, KEPT[sums.trajectory.shape[1]]) if length == COARSE else length
         block = block.narrow(2 + axis, length // 2 - kept // 2, kept)
     return block.contiguous()
 
@@ -126,4 +139,5 @@ def trajectory_coil_maps(
         block = None
     if block is None:
         block = centre_block(sums, basis, noise)
-    return maps_of_block(block, (nz, ny, nx))
+    strong = basis.variance[: len(block)] > LEAST_ENERGY * basis.variance[0]
+    return maps_of_block(block[strong], (nz, ny, nx))

@@ -4,8 +4,9 @@ import pytest
 import sigpy.mri.app
 import torch
 
+from quantitron.recon.calibration_room import with_room
 from quantitron.recon.coefficient_basis import coefficient_basis
-from quantitron.recon.coils import centred_box, coil_maps
+from quantitron.recon.coils import centred_box, coil_maps, maps_of_block
 from quantitron.recon.data import Calibration, KSpace, Protocol
 from quantitron.recon.espirit import espirit
 from quantitron.recon.gram import reduce_kspace
@@ -15,8 +16,11 @@ from quantitron.recon.temporal_basis import dictionary_basis
 MEGRE = Protocol("megre", (0.003, 0.008), (0.4,), (0.5,))
 
 
-def _scan(grid, coils=5, noise=0.01):
-    """An ellipsoid with structure, smooth sensitivities around it: csm, k-space (c, z, y, x), mask."""
+def _scan(grid, coils=5, noise=0.01, slab=False):
+    """An ellipsoid with structure, smooth sensitivities around it: csm, k-space (c, z, y, x), mask.
+
+    As a ``slab`` it is a cylinder, which ends with the field of view.
+    """
     z, y, x = torch.meshgrid(*((torch.arange(n) - n // 2) / n for n in grid), indexing="ij")
     angle = 2 * torch.pi * torch.arange(coils)[:, None, None, None] / coils
     distance = (
@@ -28,7 +32,7 @@ def _scan(grid, coils=5, noise=0.01):
         torch.exp(-distance / 0.5), 1.5 * (x * torch.cos(angle) - y * torch.sin(2 * angle)) + angle
     )
     csm = csm / torch.linalg.vector_norm(csm, dim=0)
-    mask = (y / 0.38) ** 2 + (x / 0.32) ** 2 + (z / 0.45) ** 2 < 1
+    mask = (y / 0.38) ** 2 + (x / 0.32) ** 2 + (0 * z if slab else (z / 0.45) ** 2) < 1
     image = mask * (1 + 0.4 * torch.sin(40 * x) * torch.cos(33 * y))
     kspace = centred_fft(csm * image, (1, 2, 3))
     generator = torch.Generator().manual_seed(0)
@@ -75,6 +79,42 @@ def test_maps_from_calibration_lines(grid, box, limit):
     assert maps.shape == csm.shape
     torch.testing.assert_close(torch.linalg.vector_norm(maps, dim=0), torch.ones(grid), atol=1e-4, rtol=0)
     assert _error(maps, csm, mask) < limit
+
+
+@pytest.mark.parametrize(
+    ("noise", "lines", "at_ends", "between"),
+    [(0.01, 8, 0.05, 0.008), (0.01, 12, 0.012, 0.008), (0.5, 8, 0.165, 0.13), (0.5, 12, 0.13, 0.1)],
+)
+def test_maps_of_a_slab_hold_to_its_ends(noise, lines, at_ends, between):
+    """Where the object ends with the field of view, its two ends are neighbours in a periodic image.
+
+    With no room between them the ends are 0.072, 0.139, 0.180 and 0.168 off.
+    """
+    csm, kspace, mask = _scan((12, 40, 36), noise=noise, slab=True)
+    start = 6 - lines // 2
+    block = kspace[None, :, start : start + lines, 8:32, 6:30]
+    maps = maps_of_block(block, (12, 40, 36)).permute(1, 2, 3, 0)  # (c, z, y, x)
+    ends = torch.zeros_like(mask)
+    ends[[0, -1]] = True
+    assert _error(maps, csm, mask & ends) < at_ends  # 0.040, 0.008, 0.155 and 0.113
+    assert _error(maps, csm, mask & ~ends) < between  # 0.005, 0.006, 0.117 and 0.086
+
+
+def test_an_object_that_ends_before_the_edges_gets_no_room():
+    """Nor does noise count as an object; and one that is given room is the same image, with emptiness."""
+    for noise in (0.01, 3.0):
+        _, kspace, _ = _scan((12, 40, 36), noise=noise)
+        block = kspace[None, :, 2:10, 8:32, 6:30]
+        same, grid = with_room(block, (12, 40, 36))
+        assert same is block
+        assert grid == (12, 40, 36)
+    _, kspace, _ = _scan((12, 40, 36), slab=True)
+    wide, grid = with_room(kspace[None], (12, 40, 36))
+    assert grid == (24, 40, 36)
+    image, alone = centred_ifft(wide[0], (1, 2, 3)), centred_ifft(kspace, (1, 2, 3))
+    torch.testing.assert_close(image[:, 6:18], alone, atol=1e-5, rtol=1e-5)
+    assert image[:, :6].abs().max() < 1e-5
+    assert image[:, 18:].abs().max() < 1e-5
 
 
 def _reduced(kspace, sampled):

@@ -19,7 +19,7 @@ from quantitron.recon.fingerprint_basis import fingerprint_basis
 from quantitron.recon.noise import trajectory_noise_variance
 from quantitron.recon.operators.fourier import centred_fft
 from quantitron.recon.operators.nonuniform_fourier import NonuniformFourier
-from quantitron.recon.trajectory_coils import ITERATIONS, centre_block, trajectory_coil_maps
+from quantitron.recon.trajectory_coils import centre_block, trajectory_coil_maps
 from quantitron.recon.trajectory_gram import sum_readouts
 from quantitron.recon.trajectory_sums import TrajectorySums
 
@@ -146,7 +146,7 @@ def test_noise_is_found_at_the_edge_of_k_space(variance):
     assert trajectory_noise_variance(strong) > 0.97 * variance
 
 
-def test_the_centre_of_tilted_readouts_is_that_of_every_sample_by_itself():
+def test_the_centre_of_tilted_readouts_is_that_of_every_sample_by_itself(monkeypatch):
     """A convolution in the place of transforms onto all samples, and data that are never formed."""
     grid, points, coils, rank = (6, 10, 8), 40, 2, 2
     generator = torch.Generator().manual_seed(4)
@@ -156,14 +156,17 @@ def test_the_centre_of_tilted_readouts_is_that_of_every_sample_by_itself():
     sums = sum_readouts(kspace, basis)
     mixing = torch.eye(rank, dtype=torch.complex64)
     shares = torch.tensor([0.7, 0.3])
-    found = centre_block(sums, CoefficientBasis(mixing[None], shares, 1.0), 1.0)  # (k, c, z, y, x)
+    # Little noise, or the steps would end early, and few of them, or rounding would show.
+    noise, steps = 1e-6, 12
+    monkeypatch.setattr("quantitron.recon.trajectory_coils.ITERATIONS", steps)
+    found = centre_block(sums, CoefficientBasis(mixing[None], shares, 1.0), noise)  # (k, c, z, y, x)
 
     near = kspace.trajectory.norm(dim=1) <= 0.5
     row = basis.contrast.repeat_interleave(50, 0)[near].to(torch.complex64)  # (n, k)
     fourier = NonuniformFourier(kspace.trajectory[near], grid)
     samples = kspace.samples[:, near]
-    power = (samples.abs().square() * 1.0).mean()
-    penalty = (1 / (points * power.clamp_min(1) * shares))[:, None, None, None]
+    power = samples.abs().square().mean()
+    penalty = (noise / (points * power * shares))[:, None, None, None]
 
     def normal(images: Tensor) -> Tensor:  # (c, k, z, y, x)
         signal = torch.einsum("nk,ckn->cn", row, fourier(images))
@@ -171,11 +174,11 @@ def test_the_centre_of_tilted_readouts_is_that_of_every_sample_by_itself():
 
     right = fourier.adjoint(row.T.conj() * samples[:, None])
     images = conjugate_gradient(
-        normal, right, start=None, preconditioner=lambda r: r, iterations=ITERATIONS, tolerance=1e-4
+        normal, right, start=None, preconditioner=lambda r: r, iterations=steps, tolerance=1e-4
     )
     expected = centred_fft(images, (2, 3, 4)).transpose(0, 1)
     assert found.shape == expected.shape
-    assert float((found - expected).norm() / expected.norm()) < 1e-3
+    assert float((found - expected).norm() / expected.norm()) < 2e-3
 
 
 @pytest.mark.parametrize("pd", [40.0, 400.0, 4000.0])
