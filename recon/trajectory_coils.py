@@ -92,8 +92,6 @@ def centre_block(sums: TrajectorySums, basis: CoefficientBasis, noise: float) ->
     images = conjugate_gradient(
         normal,
         right,
-        start=None,
-        preconditioner=lambda residual: residual,
         iterations=ITERATIONS,
         tolerance=max(LEAST_TOLERANCE, noise_norm / norm) if norm > 0 else LEAST_TOLERANCE,
         least=LEAST_ITERATIONS,
