@@ -14,7 +14,7 @@ is said; ``--samples`` those of a readout: more of them come closer together on 
 noise each, which is a longer readout. MAPE is that in white matter, that in grey matter and their mean. The
 floor is the match of perfect images: the true coefficient images at the scan's resolution, with the noise of
 frames that are fully sampled; ``floor, R`` has R times its variance, that of the samples acquired. Pipelines
-run as they ship, or with the settings after the name (``joint_inr:start=cg``), each in a process of its own;
+run as they ship, or with settings after the name (``joint_inr:start=adjoint``), each in a process of its own;
 the dictionary is in the cache, as for every scan but the first of a protocol.
 
 spheres: T2 plate of the NIST phantom: bias and coefficient of variation of each sphere, slope over all. A
@@ -58,7 +58,7 @@ from quantitron.recon.metrics import mape
 
 MATRIX, FIELD, COILS, INTERLEAVES, SNR, SAMPLES = 192, (220.0, 220.0, 5.0), 8, 48, 10.0, 768
 ORDERS = ("sequential", "shuffled")
-PIPELINES = "svdmrf,subspace,llr,lrtv,mrf_admm,joint_inr,joint_inr:start=cg"
+PIPELINES = "svdmrf,subspace,llr,lrtv,mrf_admm,joint_inr:start=adjoint,joint_inr"
 ROLES = ("T1", "T2")
 
 

@@ -34,8 +34,8 @@ PIPELINES = {
     # Of 48 voxels a head has little that a level of 0.1, the preset, does not blur.
     "mri2qmap": ("mri2qmap", "reconstruct.first_level=0.05"),
     "mrf_pnp": ("mrf_pnp",),
+    "joint_inr adjoint": ("joint_inr", "reconstruct.start=adjoint"),
     "joint_inr": ("joint_inr",),
-    "joint_inr cg": ("joint_inr", "reconstruct.start=cg"),
 }
 """Name of the pipeline, and settings."""
 SCAN: dict[str, Any] = {
@@ -165,9 +165,9 @@ LIMITS = {
     # T1 1.0 / 1.0, T2 2.5 / 2.3, PD 1.0 / 1.1
     "mrf_pnp": {"T1": 0.013, "T2": 0.033, "PD": 0.015},
     # T1 4.0 / 4.0, T2 6.9 / 6.6, PD 5.7 / 5.7
-    "joint_inr": {"T1": 0.054, "T2": 0.093, "PD": 0.076},
+    "joint_inr adjoint": {"T1": 0.054, "T2": 0.093, "PD": 0.076},
     # T1 1.7 / 1.6, T2 2.6 / 2.6, PD 3.8 / 3.8
-    "joint_inr cg": {"T1": 0.023, "T2": 0.036, "PD": 0.051},
+    "joint_inr": {"T1": 0.023, "T2": 0.036, "PD": 0.051},
 }
 """Largest NRMSE of each map of the small scan."""
 
@@ -191,12 +191,12 @@ def test_what_each_method_adds_shows(found, scans):
         assert t2["llr"] < 0.85 * t2["subspace"], order
         assert t2["lrtv"] < 0.98 * t2["subspace"], order
         assert t2["mrf_admm"] < 0.97 * t2["subspace"], order
-        for name, shares in {"mri2qmap": (1.03, 0.9), "mrf_pnp": (0.8, 0.73)}.items():
+        for name, shares in {"mri2qmap": (1.15, 0.9), "mrf_pnp": (0.85, 0.73)}.items():
             assert t1[name] < shares[0] * t1["lrtv"], (name, order)
             assert t2[name] < shares[1] * t2["lrtv"], (name, order)
-        assert t2["joint_inr"] < 0.92 * t2["svdmrf"], order
-        assert t2["joint_inr cg"] < 1.05 * t2["llr"], order
-        assert t1["joint_inr cg"] < 1.25 * t1["llr"], order
+        assert t2["joint_inr adjoint"] < 0.92 * t2["svdmrf"], order
+        assert t2["joint_inr"] < 1.05 * t2["llr"], order
+        assert t1["joint_inr"] < 1.25 * t1["llr"], order
 
 
 def test_mri2qmap_restores_with_the_network_that_comes_with_it(found):
@@ -231,7 +231,7 @@ def test_values_stand_wherever_the_mask_does_and_their_source_beside_them(found,
         assert (volumes[role].values[mask] > 0).all()
     assert (volumes["T2"].values[mask] <= volumes["T1"].values[mask]).all()
     assert np.percentile(volumes["PD"].values[mask], 99) == pytest.approx(1000, rel=1e-3)
-    linear = label not in ("svdmrf", "joint_inr")
+    linear = label not in ("svdmrf", "joint_inr adjoint")
     for image in images:
         meta = image.meta
         assert meta["Quantitron_Pipeline"] == PIPELINES[label][0]
@@ -256,7 +256,7 @@ def same_bits(one: Path, two: Path) -> bool:
     return all(np.array_equal(a.data, b.data, equal_nan=True) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("label", ["llr", "mrf_admm", "joint_inr", "joint_inr cg"])
+@pytest.mark.parametrize("label", ["llr", "mrf_admm", "joint_inr adjoint", "joint_inr"])
 def test_maps_are_the_seed_s(found, scans, tmp_path, label):
     """The same bits twice; where chance has a part, others from another seed."""
     name, *settings = PIPELINES[label]
@@ -288,7 +288,7 @@ def server():
     assert process.returncode == 0, rest
 
 
-@pytest.mark.parametrize("label", ["svdmrf", "llr", "joint_inr"])
+@pytest.mark.parametrize("label", ["svdmrf", "llr", "joint_inr adjoint"])
 def test_a_socket_gives_the_bits_of_the_file(found, scans, server, tmp_path, label):
     name, *settings = PIPELINES[label]
     replay(scans["shuffled"], name, tmp_path / "socket.h5", settings, gadgetron=server)

@@ -82,7 +82,7 @@ def test_the_network_is_nearer_to_the_truth_than_the_data() -> None:
 
 def test_rounds_lie_between_data_and_network() -> None:
     network, data = _refined(rounds=0), _estimate().data
-    alone = {"rounds": 1, "low_rank": 0.0, "field_share": 0.0}
+    alone = {"rounds": 1, "pull_epochs": SETTINGS["epochs"], "low_rank": 0.0, "field_share": 0.0}
     weak, strong = (_refined(**alone, attraction=a) for a in (0.01, 1e3))
     assert float((weak - data).norm()) < 0.2 * float((network - data).norm())
     assert float((strong - network).norm()) < 0.2 * float((network - data).norm())

@@ -99,7 +99,7 @@ def fitted(noisy: FingerprintScan, **settings: object) -> tuple[Tensor, Tensor]:
     solver = replace(JointINR(), **settings)
     images, _ = solver._adjoint(solver.prepare(noisy.problem, quiet))
     generator = torch.Generator().manual_seed(0)
-    return images, solver._fitted(images, noisy.mask, (3e-3,) * 3, generator, quiet)
+    return images, solver._fitted(images, noisy.mask, (3e-3,) * 3, solver.epochs, generator, quiet)
 
 
 def test_encoder_and_perceptron_decay_apart(noisy):

@@ -6,6 +6,8 @@ Spirals visit the centre of k-space far more often than its edge, which no facto
 make good: conjugate gradients with one settle edges last, and images stay blurred. E_k(q) is what the data
 term and the penalties do to a wave of frequency q in component k. D_k(r), relative to that, is how much more
 the penalties weigh at voxel r than they do in the object.
+
+Penalties are white, the same for all waves, or coloured, as the precision of smooth images is.
 """
 
 from __future__ import annotations
@@ -13,26 +15,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-OBJECT = 0.2
+OBJECT = 0.35
 """Share of the voxels that the object has at least: penalties that vary are taken as those weigh at most."""
+SMOOTH = 0.3
+"""Share of its mean that a coloured penalty weighs in smooth images, whose waves are long."""
 _AXES = (0, 2, 3)  # (x, z, y) of (x, k, z, y)
 
 
 class SpectralPreconditioner:
     """Residuals (x, k, z, y) to steps."""
 
-    def __init__(self, spectrum: Tensor, penalty: Tensor) -> None:
+    def __init__(
+        self,
+        spectrum: Tensor,
+        white: Tensor,
+        coloured: Tensor | None = None,
+        colour: Tensor | None = None,
+    ) -> None:
         """Keep E and D.
 
         Args:
             spectrum: (x, k, z, y) real, as ``ToeplitzSense.spectrum``.
-            penalty: (x, k, z, y) real: diagonal of the penalties' curvature, above zero.
+            white: (x, k, z, y) real: diagonal of the white penalties' curvature. Some penalty must be above
+                zero in every voxel.
+            coloured: (x, k, z, y) real: diagonal of the coloured one's; with ``colour`` only.
+            colour: (x, 1, z, y) what that does to waves, over its mean.
         """
         mean = spectrum.mean(_AXES)[:, None, None]  # (k, 1, 1)
-        columns = penalty.transpose(0, 1).flatten(1)  # (k, voxels)
-        place = max(1, round(OBJECT * columns.shape[1]))
-        inside = columns.kthvalue(place, dim=1).values[:, None, None]
-        self._curvature = spectrum + inside
+        inside = _inside(white)
+        curvature, penalty = spectrum + inside, white
+        if coloured is not None and colour is not None:
+            there = _inside(coloured)
+            curvature = curvature + there * colour
+            inside, penalty = inside + SMOOTH * there, penalty + SMOOTH * coloured
+        self._curvature = curvature
         self._factor = ((mean + inside) / (mean + penalty)).sqrt()
 
     def __call__(self, residual: Tensor) -> Tensor:
@@ -40,3 +56,10 @@ class SpectralPreconditioner:
         waves = torch.fft.fftn(self._factor * residual, dim=_AXES)
         step: Tensor = self._factor * torch.fft.ifftn(waves / self._curvature, dim=_AXES)
         return step
+
+
+def _inside(penalty: Tensor) -> Tensor:
+    """What a penalty (x, k, z, y) weighs at most in the object: (k, 1, 1)."""
+    columns = penalty.transpose(0, 1).flatten(1)  # (k, voxels)
+    place = max(1, round(OBJECT * columns.shape[1]))
+    return columns.kthvalue(place, dim=1).values[:, None, None]

@@ -20,7 +20,7 @@ from torch import Tensor
 from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
 from quantitron.recon.coefficient_basis import CoefficientBasis
 from quantitron.recon.data import FingerprintProblem, Problem
-from quantitron.recon.operators.spectral_preconditioner import SpectralPreconditioner
+from quantitron.recon.operators.spectral_preconditioner import SMOOTH, SpectralPreconditioner
 from quantitron.recon.operators.toeplitz import ToeplitzSense
 from quantitron.recon.priors.finite_difference import FiniteDifference
 from quantitron.recon.priors.gaussian_field import GaussianField
@@ -33,6 +33,10 @@ LEAST_DENSITY = 1e-3
 """Of the sampling, over the mean one, below which a preconditioner counts no frequency."""
 EXPECTATION_VOXELS = 10.0
 """Voxels of evidence that the whole object counts for where variances are learnt around each voxel."""
+
+
+Preconditioner = Callable[[Tensor], Tensor]
+"""Residuals (x, k, z, y) to steps."""
 
 
 class NormalOperator(Protocol):
@@ -110,21 +114,28 @@ class CoefficientEstimate:
             share: of the prior of the linear estimate that is kept.
         """
         operator, prior = self.operator, self.prior
-        penalties = 0.3 * share * prior.diagonal() + penalty
         return conjugate_gradient(
             lambda u: operator(u) + penalty * u + (share * prior.precision(u) if share else 0.0),
             self.data + penalty * target,
             start=start,
-            preconditioner=self._preconditioner(penalties),
+            preconditioner=self.preconditioner(penalty, share),
             iterations=iterations,
             tolerance=LEAST_TOLERANCE,
         )
 
-    def _preconditioner(self, penalties: Tensor) -> Callable[[Tensor], Tensor]:
-        """Of the data term and of penalties whose curvature has the diagonal (x, k, z, y)."""
-        if self.spectrum is not None and bool((penalties > 0).all()):
-            return SpectralPreconditioner(self.spectrum, penalties)
-        diagonal = self.operator.mean_diagonal()[:, None, None] + penalties
+    def preconditioner(self, penalties: Tensor | float, share: float) -> Preconditioner:
+        """Of the data term and penalties: in the density of the sampling where there is a trajectory.
+
+        Args:
+            penalties: (x, k, z, y) real, diagonal of their curvature, without the prior's.
+            share: of the linear estimate's prior among them. Its curvature spans decades; where it stands
+                alone a factor for each voxel is better (``CoefficientSolver.solve_with_prior``).
+        """
+        coloured = share * self.prior.diagonal()  # (x, k, z, y)
+        white = penalties + torch.zeros_like(coloured)
+        if self.spectrum is not None and bool((white + coloured > 0).all()):
+            return SpectralPreconditioner(self.spectrum, white, coloured, self.prior.colour())
+        diagonal = self.operator.mean_diagonal()[:, None, None] + white + SMOOTH * coloured
         return lambda residual: residual / diagonal
 
     @cached_property
@@ -234,7 +245,7 @@ class CoefficientSolver(Solver):
         noise: float,
         normal: Callable[[Tensor], Tensor],
         right_hand_side: Tensor,
-        diagonal: Tensor,
+        preconditioner: Preconditioner,
         iterations: int,
         start: Tensor | None = None,
     ) -> Tensor:
@@ -245,7 +256,7 @@ class CoefficientSolver(Solver):
             noise: variance of one sample.
             normal: the equations' left side, A^H A and penalties.
             right_hand_side: (x, k, z, y).
-            diagonal: preconditioner, divided by.
+            preconditioner: about the inverse of the left side.
             iterations: least number of steps.
             start: where to begin.
         """
@@ -256,7 +267,7 @@ class CoefficientSolver(Solver):
             normal,
             right_hand_side,
             start=start,
-            preconditioner=lambda residual: residual / diagonal,
+            preconditioner=preconditioner,
             iterations=max(iterations, self.most_iterations),
             tolerance=max(LEAST_TOLERANCE, self.tolerance * noise_norm / norm if norm > 0 else 0.0),
             least=iterations,
@@ -282,7 +293,13 @@ class CoefficientSolver(Solver):
             start: where to begin.
         """
         # A weight below that of the diagonal suits the smooth images that come first (0.1 to 1 were tried).
-        diagonal = operator.mean_diagonal()[:, None, None] + 0.3 * prior.diagonal()  # (x, k, z, y)
+        diagonal = operator.mean_diagonal()[:, None, None] + SMOOTH * prior.diagonal()  # (x, k, z, y)
         return self.settle(
-            operator, noise, lambda u: operator(u) + prior.precision(u), data, diagonal, iterations, start
+            operator,
+            noise,
+            lambda u: operator(u) + prior.precision(u),
+            data,
+            lambda residual: residual / diagonal,
+            iterations,
+            start,
         )

@@ -26,11 +26,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from quantitron.recon.algorithms.adam import ParameterGroup
 from quantitron.recon.networks.encoder import encoder
 from quantitron.recon.networks.encoding import Samples
 from quantitron.recon.networks.hash_layout import HashGridLayout, grid_coordinates
 from quantitron.recon.networks.mlp import StackedMLP
-from quantitron.recon.solvers.training import ParameterGroup, Schedule, TrainingDiverged, adam
+from quantitron.recon.solvers.training import Schedule, TrainingDiverged, adam
 
 BETAS = (0.9, 0.99)
 """Of Adam: a fit of some tens of steps has no time for the usual 0.999."""
@@ -213,7 +214,7 @@ class _Fit:
             loss = self._misfit(features) + self._penalty()
             if not bool(torch.isfinite(loss.detach())):
                 raise TrainingDiverged(f"the fit of the joint network was not finite in step {step + 1}")
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             progress((step + 1) / settings.steps)

@@ -4,19 +4,20 @@ With ``start: adjoint`` the network is fitted once, in the image domain, to the 
 without looking at the data again, as published. It removes what is incoherent in these images. What is not,
 it keeps, and most of the adjoint's error is not: with numbers for density weights, as published, its
 components stay mixed near the centre of k-space, which biases the maps by up to a quarter. Weights that are
-matrices (``unmix``) undo that, still without an iteration. ``start: cg`` fits the network to the linear
-estimate.
+matrices (``unmix``) undo that, still without an iteration. ``start: cg``, the preset, fits the network to
+the linear estimate.
 
-The presets are not the published form. That is ``unmix: 0`` (all components, numbers as weights), ``heads:
+The published form is ``start: adjoint``, ``unmix: 0`` (all components, numbers as weights), ``heads:
 trained``, ``phase_width: 0`` and a ``decay_encoder`` above 0, all else as preset; the paper names neither the
 weight decays nor the number of steps.
 
-After that, ``rounds`` may draw the images towards the network's as well as towards the data,
+With ``start: cg``, ``rounds`` draw the images towards the network's as well as towards the data,
 
     minimise over U:   1/2 ||s - A U||^2 + attraction Q(U - f) + field_share Q(U) + R(U) + P(U),
 
 f the network's images, Q the Gaussian prior of the linear estimate, R that of locally low rank (``llr.py``)
-and P the squared distance from the nearest fingerprints, and fit the network anew. METHODS 4.
+and P the squared distance from the nearest fingerprints; from the second round on the network is fitted anew.
+METHODS 4.
 """
 
 from __future__ import annotations
@@ -46,15 +47,15 @@ from quantitron.recon.solvers.nearest_fingerprint import NearestFingerprint
 from quantitron.recon.solvers.solver import Progress
 from quantitron.recon.solvers.svdmrf import DensityCompensated
 
-_BLOCK = 2
-"""Edge [voxels] of the blocks of low rank; fingerprints hold together what blocks of 3 do in ``llr``."""
+_BLOCK = 3
+"""Edge [voxels] of the blocks of low rank; as in ``llr``."""
 _SMOOTHING = 0.1
 """Singular values below this share of the noise's cost their square; as in ``llr``."""
 _TILINGS = 9
 """Tilings by blocks that share the penalty; as in ``llr``."""
-_CONSISTENT_FROM = 3
+_CONSISTENT_FROM = 1
 """Reweightings before fingerprints pull: by then most of them are right."""
-_STEPS = 5
+_STEPS = 3
 """Least conjugate gradient steps from one covariance to the next."""
 _BORDER = 2
 """Voxels around the signal that the network is fitted to as well: it is to know where the object ends."""
@@ -69,6 +70,8 @@ class JointINR(DensityCompensated, FingerprintSolver):
 
     name: ClassVar[str] = "joint_inr"
 
+    linear_iterations: int = field(default=4, metadata={"minimum": 1})
+    """Conjugate gradient steps of the linear estimate's passes, at least."""
     start: str = field(default="adjoint", metadata={"choices": ("adjoint", "cg")})
     """Fitted to: the density-compensated adjoint, as published, or the linear estimate."""
     unmix: float = field(default=3e-3, metadata={"minimum": 0})
@@ -78,6 +81,8 @@ class JointINR(DensityCompensated, FingerprintSolver):
     """Components that are unmixed, the strongest ones of tissue; the others are left out."""
     epochs: int = field(default=120, metadata={"minimum": 1})
     """Steps of the fit, over all voxels each; many of them teach the network the aliasing."""
+    pull_epochs: int = field(default=10, metadata={"minimum": 1})
+    """Steps of the fit where ``rounds`` draw the images towards the network's: coarse ones pull as well."""
     learning_rate: float = field(default=1e-2, metadata={"above": 0})
     """Of Adam."""
     features: int = field(default=64, metadata={"minimum": 1})
@@ -113,11 +118,11 @@ class JointINR(DensityCompensated, FingerprintSolver):
     """Share of the linear estimate's prior that is kept in that, as ``llr``'s."""
     low_rank: float = field(default=0.6, metadata={"minimum": 0})
     """Weight of locally low rank in that, as ``llr``'s."""
-    reweightings: int = field(default=8, metadata={"minimum": 1})
+    reweightings: int = field(default=4, metadata={"minimum": 1})
     """Times in each round that blocks are given the covariance of their signals."""
     consistency: float = field(default=1.0, metadata={"minimum": 0})
     """Pull towards the nearest fingerprints in that, in units of the mean curvature of the data term, once
-    blocks have been reweighted three times; 0: none."""
+    blocks have been reweighted; 0: none."""
 
     @property
     def compensates_density(self) -> bool:
@@ -140,6 +145,7 @@ class JointINR(DensityCompensated, FingerprintSolver):
             images,
             mask,
             (dx, dz, dy),
+            self.epochs,
             generator,
             lambda doing, share: progress(doing, 0.4 + 0.3 * share),
         )
@@ -176,7 +182,8 @@ class JointINR(DensityCompensated, FingerprintSolver):
             def told(doing: str, share: float) -> None:
                 progress(doing, (number + share) / parts)
 
-            return self._fitted(images, estimate.mask, estimate.voxel_size, generator, told)
+            epochs = self.pull_epochs if self.rounds else self.epochs
+            return self._fitted(images, estimate.mask, estimate.voxel_size, epochs, generator, told)
 
         images = fitted(estimate.coefficients, 0)
         drawn = estimate.coefficients
@@ -201,7 +208,6 @@ class JointINR(DensityCompensated, FingerprintSolver):
         threshold = estimate.noise_threshold(u.shape[1], voxels)
         penalty = BlockLowRank(self.low_rank * threshold, (_BLOCK,) * 3)
         curvature = operator.mean_diagonal()[:, None, None]
-        fixed = curvature + 0.3 * share * prior.diagonal()
         attracted = estimate.data + self.attraction * prior.precision(network)
         for number in range(self.reweightings):
             blocks = penalty.mean_reweighting(u, _SMOOTHING * estimate.image_noise, _TILINGS, generator)
@@ -213,8 +219,8 @@ class JointINR(DensityCompensated, FingerprintSolver):
             def normal(image: Tensor, blocks: BlockPrecision = blocks, pull: Tensor = pull) -> Tensor:
                 return operator(image) + blocks(image) + share * prior.precision(image) + pull * image
 
-            diagonal = fixed + blocks.diagonal(u) + pull
-            u = self.settle(operator, estimate.noise, normal, right_hand_side, diagonal, _STEPS, u)
+            preconditioner = estimate.preconditioner(blocks.diagonal(u) + pull, share)
+            u = self.settle(operator, estimate.noise, normal, right_hand_side, preconditioner, _STEPS, u)
         return u
 
     def _fitted(
@@ -222,12 +228,13 @@ class JointINR(DensityCompensated, FingerprintSolver):
         images: Tensor,
         mask: Tensor,
         voxel_size: tuple[float, float, float],
+        epochs: int,
         generator: torch.Generator,
         progress: Progress,
     ) -> Tensor:
         """Images (x, k, z, y) of a network fitted to others, mask (z, y, x)."""
         settings = JointFitSettings(
-            steps=self.epochs,
+            steps=epochs,
             learning_rate=self.learning_rate,
             features=self.features,
             hidden=self.hidden,

@@ -104,7 +104,6 @@ class LowRankBlocks(CoefficientSolver):
         progress: Progress,
     ) -> Tensor:
         operator, prior, share, u = estimate.operator, estimate.prior, self.field_share, estimate.coefficients
-        fixed = operator.mean_diagonal()[:, None, None] + 0.3 * share * prior.diagonal()
         for number in range(self.rounds):
             progress("locally low rank", number / self.rounds)
             blocks = penalty.mean_reweighting(
@@ -113,13 +112,15 @@ class LowRankBlocks(CoefficientSolver):
                 self.tilings,
                 generator if self.random_shifts else None,
             )
-            diagonal = fixed + blocks.diagonal(u)
+            preconditioner = estimate.preconditioner(blocks.diagonal(u), share)
 
             def normal(image: Tensor, blocks: BlockPrecision = blocks) -> Tensor:
                 total = operator(image) + blocks(image)
                 return total + share * prior.precision(image) if share else total
 
-            u = self.settle(operator, estimate.noise, normal, estimate.data, diagonal, self.iterations, u)
+            u = self.settle(
+                operator, estimate.noise, normal, estimate.data, preconditioner, self.iterations, u
+            )
         return u
 
     def _fista(

@@ -16,8 +16,8 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
+from quantitron.recon.algorithms.adam import Adam, ParameterGroup
 from quantitron.recon.data import KSpace, Problem
 from quantitron.recon.gram import reduce_kspace
 from quantitron.recon.networks.voxel_images import images_of, values_of
@@ -32,7 +32,6 @@ from quantitron.recon.solvers.joint_networks import Block, JointNetworks, JointS
 from quantitron.recon.solvers.map_estimate import MapEstimate
 from quantitron.recon.solvers.solver import Progress
 from quantitron.recon.solvers.training import (
-    ParameterGroup,
     Schedule,
     TrainingRecord,
     adam,
@@ -234,7 +233,7 @@ class JointTraining:
         self,
         networks: JointNetworks,
         blocks: list[Block],
-        optimizer: Optimizer,
+        optimizer: Adam,
         number: int,
         generator: torch.Generator,
     ) -> dict[str, float]:
@@ -254,7 +253,7 @@ class JointTraining:
         return losses
 
     def step(
-        self, networks: JointNetworks, block: Block, optimizer: Optimizer, both: bool = True
+        self, networks: JointNetworks, block: Block, optimizer: Adam, both: bool = True
     ) -> dict[str, float]:
         """A step for the terms of a run of readout positions; their values before it."""
         if not block.maps.voxels:  # nothing to learn: what is known gives the same in every epoch
@@ -267,16 +266,16 @@ class JointTraining:
             return {"dc1": known, "dc2": known, "prior": 0.0} if both else {"dc1": known}
         terms = self.terms(networks, block, both)
         loss = torch.stack(list(terms.values())).sum()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         return {name: float(value.detach()) for name, value in terms.items()}
 
-    def norm_step(self, networks: JointNetworks, blocks: list[Block], optimizer: Optimizer) -> float:
+    def norm_step(self, networks: JointNetworks, blocks: list[Block], optimizer: Adam) -> float:
         """A step for WNNM of the whole maps; its value before it."""
         assert self._matches is not None
         value = self.settings.wnnm * self._nuclear_norm(networks, blocks, self._matches)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         return float(value.detach())
@@ -354,6 +353,6 @@ class JointTraining:
                 difference = torch.where(phase, 2 * torch.sin(difference / 2), difference) / self._spread
                 loss = loss + (inside[block.voxels, None] * difference[:, 1:].square()).mean()
                 loss = loss + ((found[:, 0].exp() - amplitude[block.voxels]) / unit).square().mean()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()

@@ -96,21 +96,22 @@ class SharedEdges(CoefficientSolver):
         self, estimate: CoefficientEstimate, penalty: JointTotalVariation, progress: Progress
     ) -> Tensor:
         operator, prior, share, u = estimate.operator, estimate.prior, self.field_share, estimate.coefficients
-        fixed = operator.mean_diagonal()[:, None, None] + 0.3 * share * prior.diagonal()
         # The typical length of a difference: every component and direction adds 1 to its square.
         axes = sum(n > 1 for n in (u.shape[0], *u.shape[2:]))
         typical = float(max(axes, 1) * u.shape[1]) ** 0.5
         for number in range(self.rounds):
             progress("total variation", number / self.rounds)
             weights = penalty.reweighting(u, self.smoothing * typical)
-            diagonal = fixed + 0.3 * penalty.diagonal(weights)
+            preconditioner = estimate.preconditioner(0.3 * penalty.diagonal(weights), share)
 
             def normal(image: Tensor, weights: Tensor = weights) -> Tensor:
                 total = operator(image) + penalty.precision(image, weights)
                 return total + share * prior.precision(image) if share else total
 
             previous = u
-            u = self.settle(operator, estimate.noise, normal, estimate.data, diagonal, self.iterations, u)
+            u = self.settle(
+                operator, estimate.noise, normal, estimate.data, preconditioner, self.iterations, u
+            )
             if float((u - previous).norm()) <= self.change * float(u.norm()):
                 break
         return u

@@ -11,15 +11,14 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
+from quantitron.recon.algorithms.adam import Adam, ParameterGroup
 from quantitron.recon.networks.fields import CoordinateNetwork, RealField
 from quantitron.recon.networks.hash_layout import HashGridLayout, grid_coordinates
 from quantitron.recon.signal.map_model import TIMES, normal_blocks
 from quantitron.recon.solvers.map_estimate import MapEstimate
 from quantitron.recon.solvers.solver import Progress
 from quantitron.recon.solvers.training import (
-    ParameterGroup,
     Schedule,
     TrainingDiverged,
     TrainingRecord,
@@ -130,10 +129,10 @@ class MapNetworks:
         mean = weight.mean(1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         weight = (weight / mean).clamp_max(LARGEST_WEIGHT)
 
-        def step(optimizer: Optimizer, _number: int) -> Mapping[str, float]:
+        def step(optimizer: Adam, _number: int) -> Mapping[str, float]:
             values = self.field(self._samples).log()
             loss = (weight * ((values - target) / self._deviation).square()).mean()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             return {"map networks": float(loss.detach())}

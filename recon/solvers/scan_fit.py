@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
+from quantitron.recon.algorithms.adam import Adam, ParameterGroup
 from quantitron.recon.data import KSpace, Maps, Problem
 from quantitron.recon.networks.hash_layout import grid_coordinates
 from quantitron.recon.operators.frame_data_term import FrameDataTerm
@@ -23,7 +23,7 @@ from quantitron.recon.solvers.map_estimate import MapEstimate
 from quantitron.recon.solvers.scan_networks import NetworkSettings, Points, ScanNetworks, ScanValues
 from quantitron.recon.solvers.solver import Progress
 from quantitron.recon.solvers.start_maps import StartMaps
-from quantitron.recon.solvers.training import ParameterGroup, Schedule, TrainingRecord, train
+from quantitron.recon.solvers.training import Schedule, TrainingRecord, train
 
 PUBLISHED_WEIGHTS: Mapping[str, float] = {
     "amplitude": 0.05,
@@ -265,7 +265,7 @@ class ScanFit:
         order = torch.randperm(len(self._batches), generator=self._generator)
         return [self._batches[index] for index in order.tolist()]
 
-    def _start_epoch(self, optimizer: Optimizer, _number: int) -> dict[str, float]:
+    def _start_epoch(self, optimizer: Adam, _number: int) -> dict[str, float]:
         """Towards the linear estimate's maps, in the image domain."""
         batches, losses = self._order(), []
         for batch in batches:
@@ -274,7 +274,7 @@ class ScanFit:
             losses.append(loss.detach())
         return {"maps": self._mean(losses, batches)}
 
-    def _epoch(self, optimizer: Optimizer, number: int) -> dict[str, float]:
+    def _epoch(self, optimizer: Adam, number: int) -> dict[str, float]:
         """Once through the readout positions, and through the planes where the norm has set in."""
         settings, batches = self.settings, self._order()
         with_norm = settings.wnnm > 0 and number >= settings.wnnm_start * settings.epochs
@@ -412,7 +412,7 @@ class ScanFit:
         return mean.angle() + mean_angle - slope * mean_time, slope / turn
 
 
-def _step(optimizer: Optimizer, loss: Tensor) -> None:
-    optimizer.zero_grad(set_to_none=True)
+def _step(optimizer: Adam, loss: Tensor) -> None:
+    optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()

@@ -12,14 +12,14 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
 
+from quantitron.recon.algorithms.adam import Adam, ParameterGroup
 from quantitron.recon.solvers.solver import Progress
 
 logger = logging.getLogger("quantitron")
@@ -31,7 +31,7 @@ BETAS = (0.9, 0.999)
 _RECENT = 5
 """Epochs from whose time the remaining time is reckoned."""
 
-Epoch: TypeAlias = Callable[[Optimizer, int], Mapping[str, float]]
+Epoch: TypeAlias = Callable[[Adam, int], Mapping[str, float]]
 """Goes once through the data with the optimiser; the epoch's number, from 0 -> mean of each loss, by name."""
 State = TypeVar("State")
 
@@ -61,17 +61,6 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters that learn at a rate of their own."""
-
-    parameters: Iterable[nn.Parameter]
-    rate: float = 1.0
-    """Factor on the schedule's rate."""
-    weight_decay: float = 0.0
-    """Adam's L2 penalty."""
-
-
-@dataclass(frozen=True)
 class TrainingRecord:
     """What happened."""
 
@@ -98,26 +87,14 @@ class _Best:
 
 
 def adam(groups: Sequence[ParameterGroup], schedule: Schedule, betas: tuple[float, float] = BETAS) -> Adam:
-    """Adam as the networks want it: fused into one kernel where torch has it.
+    """Adam as the networks want it.
 
     Args:
         groups: all parameters.
         schedule: gives the rate of the first epoch.
         betas: decay of the means of the gradient and of its square.
     """
-    described = [
-        {
-            "params": list(group.parameters),
-            "lr": group.rate * schedule.rate(0),
-            "factor": group.rate,
-            "weight_decay": group.weight_decay,
-        }
-        for group in groups
-    ]
-    try:
-        return Adam(described, betas=betas, eps=ADAM_EPSILON, fused=True)
-    except RuntimeError:  # fused on the CPU came with torch 2.4
-        return Adam(described, betas=betas, eps=ADAM_EPSILON)
+    return Adam(groups, schedule.rate(0), betas, ADAM_EPSILON)
 
 
 def train(
@@ -160,8 +137,7 @@ def train(
     stopped = False
     for number in range(schedule.epochs):
         started = time.monotonic()
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(number) * group["factor"]
+        optimizer.learning_rate = schedule.rate(number)
         found = dict(epoch(optimizer, number))
         done = number + 1
         _check_finite(networks, found, done)
