@@ -152,22 +152,22 @@ LIMITS = {
     # NRMSE [%] with the interleaves sequential / shuffled; the limits hold for both, a third above
     # T1 3.9 / 4.3, T2 8.2 / 18.1, PD 5.8 / 6.2
     "svdmrf": {"T1": 0.058, "T2": 0.24, "PD": 0.083},
-    # T1 2.8 / 2.8, T2 3.9 / 3.7, PD 3.9 / 3.9
+    # T1 2.8 / 2.7, T2 3.9 / 3.8, PD 3.9 / 3.9
     "subspace": {"T1": 0.038, "T2": 0.053, "PD": 0.053},
-    # T1 1.5 / 1.5, T2 2.7 / 2.6, PD 3.7 / 3.8
-    "llr": {"T1": 0.021, "T2": 0.036, "PD": 0.051},
-    # T1 1.6 / 1.5, T2 3.6 / 3.4, PD 2.4 / 2.3
-    "lrtv": {"T1": 0.022, "T2": 0.048, "PD": 0.032},
-    # T1 2.5 / 2.4, T2 3.6 / 3.5, PD 3.9 / 4.0
-    "mrf_admm": {"T1": 0.033, "T2": 0.048, "PD": 0.053},
-    # T1 1.4 / 1.3, T2 3.0 / 3.0, PD 1.2 / 1.2
-    "mri2qmap": {"T1": 0.019, "T2": 0.038, "PD": 0.016},
-    # T1 1.0 / 1.0, T2 2.5 / 2.3, PD 1.0 / 1.1
+    # T1 1.5 / 1.4, T2 2.5 / 2.3, PD 3.9 / 3.9
+    "llr": {"T1": 0.021, "T2": 0.034, "PD": 0.053},
+    # T1 1.5 / 1.2, T2 2.6 / 2.7, PD 1.8 / 1.7
+    "lrtv": {"T1": 0.021, "T2": 0.036, "PD": 0.025},
+    # T1 2.6 / 2.5, T2 3.7 / 3.5, PD 3.9 / 4.0
+    "mrf_admm": {"T1": 0.035, "T2": 0.049, "PD": 0.053},
+    # T1 1.4 / 1.3, T2 3.2 / 3.1, PD 1.2 / 1.3
+    "mri2qmap": {"T1": 0.019, "T2": 0.042, "PD": 0.017},
+    # T1 1.0 / 1.0, T2 2.5 / 2.4, PD 1.0 / 1.1
     "mrf_pnp": {"T1": 0.013, "T2": 0.033, "PD": 0.015},
-    # T1 4.0 / 4.0, T2 6.9 / 6.6, PD 5.7 / 5.7
+    # T1 4.0 / 4.0, T2 6.8 / 6.5, PD 5.7 / 5.7
     "joint_inr adjoint": {"T1": 0.054, "T2": 0.093, "PD": 0.076},
-    # T1 1.7 / 1.6, T2 2.6 / 2.6, PD 3.8 / 3.8
-    "joint_inr": {"T1": 0.023, "T2": 0.036, "PD": 0.051},
+    # T1 1.9 / 1.9, T2 2.8 / 2.6, PD 4.1 / 4.2
+    "joint_inr": {"T1": 0.026, "T2": 0.038, "PD": 0.056},
 }
 """Largest NRMSE of each map of the small scan."""
 
@@ -181,22 +181,25 @@ def test_maps_are_close_to_the_truth(found, scans, order, label):
 
 
 def test_what_each_method_adds_shows(found, scans):
-    """Iterations beat the adjoint, spatial priors the linear estimate, denoisers with the dictionary those
-    in T2; coordinate networks do as well as low rank."""
+    """Iterations beat the adjoint, spatial priors the linear estimate, a denoiser with the dictionary those;
+    on tissue this even total variation is as good as a network trained on heads. Coordinate networks with
+    the dictionary do nearly as well as low rank, and better than fingerprints alone."""
     for order, raw in scans.items():
         t2 = {label: errors(found[order, label], raw)["T2"] for label in PIPELINES}
         t1 = {label: errors(found[order, label], raw)["T1"] for label in PIPELINES}
         assert t2["subspace"] < 0.7 * t2["svdmrf"], order
         assert t1["subspace"] < 0.9 * t1["svdmrf"], order
-        assert t2["llr"] < 0.85 * t2["subspace"], order
-        assert t2["lrtv"] < 0.98 * t2["subspace"], order
+        assert t2["llr"] < 0.75 * t2["subspace"], order
+        assert t2["lrtv"] < 0.8 * t2["subspace"], order
         assert t2["mrf_admm"] < 0.97 * t2["subspace"], order
-        for name, shares in {"mri2qmap": (1.15, 0.9), "mrf_pnp": (0.85, 0.73)}.items():
-            assert t1[name] < shares[0] * t1["lrtv"], (name, order)
-            assert t2[name] < shares[1] * t2["lrtv"], (name, order)
+        assert t1["mrf_pnp"] < 0.9 * t1["lrtv"], order
+        assert t2["mrf_pnp"] < t2["lrtv"], order
+        assert t1["mri2qmap"] < 1.15 * t1["lrtv"], order
+        assert t2["mri2qmap"] < 0.87 * t2["subspace"], order
         assert t2["joint_inr adjoint"] < 0.92 * t2["svdmrf"], order
-        assert t2["joint_inr"] < 1.05 * t2["llr"], order
-        assert t1["joint_inr"] < 1.25 * t1["llr"], order
+        assert t2["joint_inr"] < 0.85 * t2["mrf_admm"], order
+        assert t2["joint_inr"] < 1.2 * t2["llr"], order
+        assert t1["joint_inr"] < 1.4 * t1["llr"], order
 
 
 def test_mri2qmap_restores_with_the_network_that_comes_with_it(found):
