@@ -18,6 +18,7 @@ from quantitron.recon.operators.nonuniform_fourier import NonuniformFourier
 from quantitron.recon.operators.spectral_preconditioner import SpectralPreconditioner
 from quantitron.recon.operators.toeplitz import ToeplitzSense, adjoint_images
 from quantitron.recon.operators.trajectory_residual import residual_energy
+from quantitron.recon.priors.gaussian_field import GaussianField
 from quantitron.recon.trajectory_gram import sum_readouts
 
 
@@ -237,6 +238,19 @@ def test_the_preconditioner_inverts_a_convolution_with_an_even_penalty() -> None
     precondition = SpectralPreconditioner(operator.spectrum(), torch.full(operator.shape, 0.3))
     u = torch.randn(operator.shape, dtype=torch.complex128, generator=torch.Generator().manual_seed(4))
     assert relative(precondition(operator(u) + 0.3 * u), u) < 1e-5
+
+
+def test_the_preconditioner_inverts_a_convolution_and_the_precision_of_a_smooth_field() -> None:
+    """Amplitudes alike everywhere: data term, white penalty and prior are convolutions, all three."""
+    operator, _ = gridded()
+    expected = torch.full(operator.shape, 2.5, dtype=torch.float64)
+    prior = GaussianField(expected, (1e-3, 1e-3, 1e-3), 2e-3)
+    white = torch.full(operator.shape, 0.3)
+    precondition = SpectralPreconditioner(operator.spectrum(), white, 0.7 * prior.diagonal(), prior.colour())
+    u = torch.randn(operator.shape, dtype=torch.complex128, generator=torch.Generator().manual_seed(4))
+    assert relative(precondition(operator(u) + 0.3 * u + 0.7 * prior.precision(u)), u) < 1e-5
+    without = SpectralPreconditioner(operator.spectrum(), white + 0.7 * prior.diagonal())
+    assert relative(without(operator(u) + 0.3 * u + 0.7 * prior.precision(u)), u) > 0.1
 
 
 def test_the_preconditioner_brings_the_edge_of_k_space_as_fast_as_its_centre() -> None:
