@@ -83,7 +83,8 @@ class GaussianField:
 
     def colour(self) -> Tensor:
         """(x, 1, z, y) real: what W does to waves, over its mean, where all amplitudes are alike."""
-        return self._inverse_spectrum / self._inverse_spectrum.mean()
+        colour: Tensor = self._inverse_spectrum / self._inverse_spectrum.mean()
+        return colour
 
     def diagonal(self) -> Tensor:
         """Diagonal of W: (x, k, z, y) real."""
