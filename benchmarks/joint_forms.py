@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from quantitron.gadgets.image_file import TRUTH_GROUP, read_images
 from quantitron.gadgets.map_volume import map_volumes
 from quantitron.phantoms.simulate import simulate
+from quantitron.recon.algorithms.adam import ParameterGroup
 from quantitron.recon.data import Maps, Problem
 from quantitron.recon.metrics import CAPS, nrmse
 from quantitron.recon.networks.fields import Field
@@ -43,7 +44,7 @@ from quantitron.recon.solvers.cartesian import CartesianSolver, LinearEstimate
 from quantitron.recon.solvers.joint_networks import Block, JointNetworks, JointSettings
 from quantitron.recon.solvers.lorein_joint import JointTraining
 from quantitron.recon.solvers.map_estimate import MapEstimate, start_from
-from quantitron.recon.solvers.training import ParameterGroup, Schedule, adam
+from quantitron.recon.solvers.training import Schedule, adam
 
 TIMED_FORMS = ("object", "everywhere", "published")
 FORMS = (*TIMED_FORMS, "given", "unscaled", "preconditioned")

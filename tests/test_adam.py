@@ -65,3 +65,11 @@ optimizer.step()
 sys.exit("torch._dynamo" in sys.modules)
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_no_parameter_or_one_twice_is_refused():
+    values = parameters()
+    with pytest.raises(ValueError, match="no parameter"):
+        Adam([ParameterGroup([])], 0.1)
+    with pytest.raises(ValueError, match="two groups"):
+        Adam([ParameterGroup(values), ParameterGroup(values[1:2])], 0.1)

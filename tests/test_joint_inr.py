@@ -89,10 +89,10 @@ def test_rounds_lie_between_data_and_network() -> None:
 
 
 def test_low_rank_helps_the_rounds() -> None:
-    settings = {"rounds": 1, "field_share": 0.0, "attraction": 0.1}
+    settings = {"rounds": 1, "pull_epochs": SETTINGS["epochs"], "field_share": 0.0, "attraction": 0.1}
     with_it, without = (_refined(**settings, low_rank=w) for w in (0.25, 0.0))
     assert _error(with_it) < 0.95 * _error(without)  # 0.264 and 0.293
 
 
 def test_same_seed_same_images() -> None:
-    assert torch.equal(_refined(rounds=2, epochs=3), _refined(rounds=2, epochs=3))
+    assert torch.equal(_refined(rounds=2, pull_epochs=3), _refined(rounds=2, pull_epochs=3))

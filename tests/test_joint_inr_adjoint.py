@@ -128,7 +128,7 @@ def test_true_fingerprints_stay_where_they_are(consistency):
     """Data without noise, all of k-space: neither data nor fingerprints pull away from the truth."""
     scan = fingerprint_scan(coils=1, pd=1e4, distinct=every_point(32))
     weak = {"attraction": 1e-6, "field_share": 0.0, "low_rank": 0.0}
-    solver = JointINR(start="cg", epochs=2, reweightings=5, consistency=consistency, **weak)
+    solver = JointINR(start="cg", pull_epochs=2, reweightings=5, consistency=consistency, **weak)
     estimate = solver.linear_estimate(scan.problem, quiet)
     exact = torch.einsum("lk,lzyx->xkzy", estimate.basis.mixing[0].conj(), scan.coefficients)
     found = solver.refine(replace(estimate, coefficients=exact), 0, quiet)
@@ -137,7 +137,7 @@ def test_true_fingerprints_stay_where_they_are(consistency):
 
 def test_the_harder_the_pull_the_nearer_to_fingerprints(noisy):
     """What is solved for is the minimum: the pull towards the last nearest fingerprints is in it."""
-    solver = JointINR(start="cg", epochs=10, reweightings=6)
+    solver = JointINR(start="cg", reweightings=6)
     estimate = solver.linear_estimate(noisy.problem, quiet)
     nearest = NearestFingerprint(estimate, 0)
     apart = []

@@ -49,9 +49,17 @@ class Adam:
             learning_rate: of the next steps, times each group's factor.
             betas: decay of the means of the gradient and of its square.
             epsilon: added to the root of the latter.
+
+        Raises:
+            ValueError: if there is no parameter, or one in two groups.
         """
         self.learning_rate = learning_rate
         self._groups = [_Group(list(group.parameters), group.rate, group.weight_decay) for group in groups]
+        every = [id(parameter) for group in self._groups for parameter in group.parameters]
+        if not every:
+            raise ValueError("there is no parameter to learn")
+        if len(set(every)) < len(every):
+            raise ValueError("a parameter stands in two groups, or twice in one: it would take two steps")
         self._betas = betas
         self._epsilon = epsilon
         self._means: dict[nn.Parameter, tuple[Tensor, Tensor, Tensor]] = {}

@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-OBJECT = 0.35
-"""Share of the voxels that the object has at least: penalties that vary are taken as those weigh at most."""
+OBJECT = 0.7
+"""Share of the object's voxels: penalties that vary are taken as those weigh at most."""
 SMOOTH = 0.3
 """Share of its mean that a coloured penalty weighs in smooth images, whose waves are long."""
 _AXES = (0, 2, 3)  # (x, z, y) of (x, k, z, y)
@@ -29,8 +29,9 @@ class SpectralPreconditioner:
         self,
         spectrum: Tensor,
         white: Tensor,
-        coloured: Tensor | None = None,
-        colour: Tensor | None = None,
+        coloured: Tensor,
+        colour: Tensor,
+        mask: Tensor,
     ) -> None:
         """Keep E and D.
 
@@ -38,18 +39,15 @@ class SpectralPreconditioner:
             spectrum: (x, k, z, y) real, as ``ToeplitzSense.spectrum``.
             white: (x, k, z, y) real: diagonal of the white penalties' curvature. Some penalty must be above
                 zero in every voxel.
-            coloured: (x, k, z, y) real: diagonal of the coloured one's; with ``colour`` only.
+            coloured: (x, k, z, y) real: diagonal of the coloured one's.
             colour: (x, 1, z, y) what that does to waves, over its mean.
+            mask: (x, z, y) bool: where the object is.
         """
         mean = spectrum.mean(_AXES)[:, None, None]  # (k, 1, 1)
-        inside = _inside(white)
-        curvature, penalty = spectrum + inside, white
-        if coloured is not None and colour is not None:
-            there = _inside(coloured)
-            curvature = curvature + there * colour
-            inside, penalty = inside + SMOOTH * there, penalty + SMOOTH * coloured
-        self._curvature = curvature
-        self._factor = ((mean + inside) / (mean + penalty)).sqrt()
+        there, tinted = _inside(white, mask), _inside(coloured, mask)
+        self._curvature = spectrum + there + tinted * colour
+        weight = mean + there + SMOOTH * tinted
+        self._factor = (weight / (mean + white + SMOOTH * coloured)).sqrt()
 
     def __call__(self, residual: Tensor) -> Tensor:
         """P r."""
@@ -58,8 +56,9 @@ class SpectralPreconditioner:
         return step
 
 
-def _inside(penalty: Tensor) -> Tensor:
+def _inside(penalty: Tensor, mask: Tensor) -> Tensor:
     """What a penalty (x, k, z, y) weighs at most in the object: (k, 1, 1)."""
-    columns = penalty.transpose(0, 1).flatten(1)  # (k, voxels)
-    place = max(1, round(OBJECT * columns.shape[1]))
-    return columns.kthvalue(place, dim=1).values[:, None, None]
+    voxels = penalty.permute(0, 2, 3, 1)  # (x, z, y, k)
+    voxels = voxels[mask] if bool(mask.any()) else voxels.flatten(0, 2)
+    place = max(1, round(OBJECT * len(voxels)))
+    return voxels.kthvalue(place, dim=0).values[:, None, None]

@@ -134,7 +134,8 @@ class CoefficientEstimate:
         coloured = share * self.prior.diagonal()  # (x, k, z, y)
         white = penalties + torch.zeros_like(coloured)
         if self.spectrum is not None and bool((white + coloured > 0).all()):
-            return SpectralPreconditioner(self.spectrum, white, coloured, self.prior.colour())
+            mask = self.mask.permute(2, 0, 1).to(white.device)  # (x, z, y)
+            return SpectralPreconditioner(self.spectrum, white, coloured, self.prior.colour(), mask)
         diagonal = self.operator.mean_diagonal()[:, None, None] + white + SMOOTH * coloured
         return lambda residual: residual / diagonal
 

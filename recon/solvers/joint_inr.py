@@ -80,7 +80,8 @@ class JointINR(DensityCompensated, FingerprintSolver):
     adjoint_rank: int = field(default=4, metadata={"minimum": LEAST_COMPONENTS})
     """Components that are unmixed, the strongest ones of tissue; the others are left out."""
     epochs: int = field(default=120, metadata={"minimum": 1})
-    """Steps of the fit, over all voxels each; many of them teach the network the aliasing."""
+    """Steps of the fit, over all voxels each, where its images are the result (``start: adjoint``, or no
+    ``rounds``); many of them teach the network the aliasing."""
     pull_epochs: int = field(default=10, metadata={"minimum": 1})
     """Steps of the fit where ``rounds`` draw the images towards the network's: coarse ones pull as well."""
     learning_rate: float = field(default=1e-2, metadata={"above": 0})
