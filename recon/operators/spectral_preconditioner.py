@@ -6,8 +6,6 @@ Spirals visit the centre of k-space far more often than its edge, which no facto
 make good: conjugate gradients with one settle edges last, and images stay blurred. E_k(q) is what the data
 term and the penalties do to a wave of frequency q in component k. D_k(r), relative to that, is how much more
 the penalties weigh at voxel r than they do in the object.
-
-Penalties are white, the same for all waves, or coloured, as the precision of smooth images is.
 """
 
 from __future__ import annotations
@@ -15,39 +13,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-OBJECT = 0.7
-"""Share of the object's voxels: penalties that vary are taken as those weigh at most."""
-SMOOTH = 0.3
-"""Share of its mean that a coloured penalty weighs in smooth images, whose waves are long."""
+OBJECT = 0.53
+"""Share of the object's voxels: penalties that vary are taken as those weigh at most. Outside of the object
+they are larger by decades."""
 _AXES = (0, 2, 3)  # (x, z, y) of (x, k, z, y)
 
 
 class SpectralPreconditioner:
     """Residuals (x, k, z, y) to steps."""
 
-    def __init__(
-        self,
-        spectrum: Tensor,
-        white: Tensor,
-        coloured: Tensor,
-        colour: Tensor,
-        mask: Tensor,
-    ) -> None:
+    def __init__(self, spectrum: Tensor, penalty: Tensor, mask: Tensor) -> None:
         """Keep E and D.
 
         Args:
             spectrum: (x, k, z, y) real, as ``ToeplitzSense.spectrum``.
-            white: (x, k, z, y) real: diagonal of the white penalties' curvature. Some penalty must be above
-                zero in every voxel.
-            coloured: (x, k, z, y) real: diagonal of the coloured one's.
-            colour: (x, 1, z, y) what that does to waves, over its mean.
+            penalty: (x, k, z, y) real: diagonal of the penalties' curvature, above zero.
             mask: (x, z, y) bool: where the object is.
         """
         mean = spectrum.mean(_AXES)[:, None, None]  # (k, 1, 1)
-        there, tinted = _inside(white, mask), _inside(coloured, mask)
-        self._curvature = spectrum + there + tinted * colour
-        weight = mean + there + SMOOTH * tinted
-        self._factor = (weight / (mean + white + SMOOTH * coloured)).sqrt()
+        inside = _inside(penalty, mask)
+        self._curvature = spectrum + inside
+        self._factor = ((mean + inside) / (mean + penalty)).sqrt()
 
     def __call__(self, residual: Tensor) -> Tensor:
         """P r."""

@@ -81,11 +81,6 @@ class GaussianField:
             scaled = torch.fft.ifftn(self._inverse_spectrum * spectrum, dim=_AXES)
         return self._inverse_amplitude * scaled
 
-    def colour(self) -> Tensor:
-        """(x, 1, z, y) real: what W does to waves, over its mean, where all amplitudes are alike."""
-        colour: Tensor = self._inverse_spectrum / self._inverse_spectrum.mean()
-        return colour
-
     def diagonal(self) -> Tensor:
         """Diagonal of W: (x, k, z, y) real."""
         diagonal: Tensor = self._inverse_spectrum.mean() * self._inverse_amplitude.square()

@@ -20,7 +20,7 @@ from torch import Tensor
 from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
 from quantitron.recon.coefficient_basis import CoefficientBasis
 from quantitron.recon.data import FingerprintProblem, Problem
-from quantitron.recon.operators.spectral_preconditioner import SMOOTH, SpectralPreconditioner
+from quantitron.recon.operators.spectral_preconditioner import SpectralPreconditioner
 from quantitron.recon.operators.toeplitz import ToeplitzSense
 from quantitron.recon.priors.finite_difference import FiniteDifference
 from quantitron.recon.priors.gaussian_field import GaussianField
@@ -31,6 +31,8 @@ LEAST_TOLERANCE = 1e-4
 """Relative residual below which no more is asked of single precision."""
 LEAST_DENSITY = 1e-3
 """Of the sampling, over the mean one, below which a preconditioner counts no frequency."""
+SMOOTH = 0.3
+"""Share of its mean that the prior's curvature weighs in smooth images (0.1 to 1 were tried)."""
 EXPECTATION_VOXELS = 10.0
 """Voxels of evidence that the whole object counts for where variances are learnt around each voxel."""
 
@@ -131,12 +133,11 @@ class CoefficientEstimate:
             share: of the linear estimate's prior among them. Its curvature spans decades; where it stands
                 alone a factor for each voxel is better (``CoefficientSolver.solve_with_prior``).
         """
-        coloured = share * self.prior.diagonal()  # (x, k, z, y)
-        white = penalties + torch.zeros_like(coloured)
-        if self.spectrum is not None and bool((white + coloured > 0).all()):
-            mask = self.mask.permute(2, 0, 1).to(white.device)  # (x, z, y)
-            return SpectralPreconditioner(self.spectrum, white, coloured, self.prior.colour(), mask)
-        diagonal = self.operator.mean_diagonal()[:, None, None] + white + SMOOTH * coloured
+        weight = penalties + SMOOTH * share * self.prior.diagonal()  # (x, k, z, y)
+        if self.spectrum is not None and bool((weight > 0).all()):
+            mask = self.mask.permute(2, 0, 1).to(weight.device)  # (x, z, y)
+            return SpectralPreconditioner(self.spectrum, weight, mask)
+        diagonal = self.operator.mean_diagonal()[:, None, None] + weight
         return lambda residual: residual / diagonal
 
     @cached_property
@@ -293,7 +294,7 @@ class CoefficientSolver(Solver):
             iterations: least number of steps.
             start: where to begin.
         """
-        # A weight below that of the diagonal suits the smooth images that come first (0.1 to 1 were tried).
+        # A weight below that of the diagonal suits the smooth images that come first.
         diagonal = operator.mean_diagonal()[:, None, None] + SMOOTH * prior.diagonal()  # (x, k, z, y)
         return self.settle(
             operator,
