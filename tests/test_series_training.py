@@ -319,7 +319,11 @@ def test_without_noise_to_find_fingerprints_alone_are_left(noisy):
         canonical_series(estimate.coefficients, axes, estimate.voxel_size).images(estimate.coefficients)
     )
     curvature = float(estimate.operator.mean_diagonal().mean())
-    alike = FingerprintAdmm(rounds=rounds, penalty=estimate.noise / (level * scale) ** 2 / curvature)
+    alike = FingerprintAdmm(
+        rounds=rounds,
+        iterations=solver.iterations,
+        penalty=estimate.noise / (level * scale) ** 2 / curvature,
+    )
     found = solver.refine(estimate, 0, quiet)
     expected = alike.refine(estimate, 0, quiet)
     assert float((found - expected).norm()) < 0.02 * float((expected - estimate.coefficients).norm())
