@@ -25,6 +25,7 @@ from quantitron.gadgets.network_weights import requested_network
 from quantitron.recon.data import Encoding, Maps
 from quantitron.recon.device import choose_device
 from quantitron.recon.networks.trained_network import NetworkRequest, TrainedNetwork
+from quantitron.recon.signal_presence import holds_signal, silenced
 from quantitron.recon.solvers import SOLVERS, Solver, Subspace
 
 logger = logging.getLogger("quantitron")
@@ -149,6 +150,9 @@ class Reconstruct(Gadget):
                 number = len(finished)
                 final: Maps | None = None
                 preview: Maps | None = None
+                if not holds_signal(problem):
+                    problem = silenced(problem)
+                    context.note(f"{_named(number, slices)} holds noise alone: its maps are empty")
                 problem = replace(problem, device=device, seed=self.seed, network=context.network)
                 try:
                     for maps in self.method.solve(problem, _progress_of(number, slices)):
@@ -207,6 +211,10 @@ def _solvers_named(name: str) -> list[type[Solver]]:
 
 def _cannot(solver: str, sequence: str, sequences: tuple[str, ...]) -> str:
     return f"solver '{solver}' does not reconstruct {sequence}; it does {', '.join(sequences)}"
+
+
+def _named(number: int, slices: int) -> str:
+    return f"slice {number} of {slices}" if slices > 1 else "the scan"
 
 
 def _crop(maps: Maps, encoding: Encoding) -> Maps:

@@ -50,9 +50,11 @@ class Numbered(Solver):
 
 
 def _problem(energy):
-    empty = torch.zeros(1)
+    gram, projected = torch.ones(1, 1, 1, 1, 1, 1), torch.full((1, 1, 1, 1, 1, 1, 1), 10.0)
     basis = Basis(torch.ones(1, 1), torch.ones(1), 1.0, "dictionary")
-    return Problem(ENCODING, PROTOCOL, ReducedKSpace(empty, empty, empty, energy, 1, basis))
+    return Problem(
+        ENCODING, PROTOCOL, ReducedKSpace(gram, projected, torch.ones(1, 1, 1, 1), energy, 1, basis)
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,81 @@
+"""Whether a slice holds any signal: one of pure noise would come out as a full mask of random values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+
+from quantitron.recon.data import FingerprintProblem, KSpace, Problem, ReducedKSpace, TrajectoryKSpace
+from quantitron.recon.noise import noise_variance
+
+CENTRE, EDGE = 0.05, 0.15
+"""Shares of the acquired points, innermost and outermost, in which signal and noise are looked for."""
+LEAST_SIGNAL = 1.5
+"""Energy of the k-space centre over the noise's, below which there is noise alone. Voxels that stand out from
+the noise make it some hundred; of noise alone it is 1, within a few per cent of so many samples."""
+
+AnyKSpace = TypeVar("AnyKSpace", KSpace, TrajectoryKSpace)
+
+
+def holds_signal(problem: Problem | FingerprintProblem) -> bool:
+    """Whether the k-space centre stands out from the noise. Data that are all zero hold none.
+
+    Args:
+        problem: one slice.
+    """
+    noise = 1.0 if problem.noise_known else None
+    if isinstance(problem, Problem):
+        return _lines_above_noise(problem.reduced, noise)
+    return _samples_above_noise(problem.kspace, noise)
+
+
+def silenced(problem: Problem | FingerprintProblem) -> Problem | FingerprintProblem:
+    """The same slice with zeros for data: every solver leaves its mask empty.
+
+    Args:
+        problem: one slice.
+    """
+    if isinstance(problem, FingerprintProblem):
+        return replace(problem, kspace=_zeros(problem.kspace))
+    reduced = replace(problem.reduced, projected=torch.zeros_like(problem.reduced.projected), energy=0.0)
+    return replace(
+        problem, reduced=reduced, kspace=None if problem.kspace is None else _zeros(problem.kspace)
+    )
+
+
+def _zeros(kspace: AnyKSpace) -> AnyKSpace:
+    return replace(kspace, samples=torch.zeros_like(kspace.samples), energy=0.0)
+
+
+def _lines_above_noise(reduced: ReducedKSpace, noise: float | None) -> bool:
+    """Of a Cartesian scan, from the lines nearest to the middle of the phase-encoded plane."""
+    _, _, nz, ny = reduced.count.shape
+    z, y = (torch.arange(n) / n - (n // 2) / n for n in (nz, ny))
+    radius = (z[:, None].square() + y.square()).expand_as(reduced.count)  # (s, e, z, y)
+    acquired = reduced.count > 0
+    if not acquired.any():
+        return False
+    edge = torch.quantile(radius[acquired].double(), CENTRE, interpolation="lower")
+    chosen = acquired & (radius.double() <= edge)
+    # b is a sum of samples weighted with conj(Psi): of pure noise its variance is G's diagonal times theirs.
+    expected = reduced.gram[chosen].diagonal(dim1=-2, dim2=-1).real.double().sum()
+    channels = reduced.projected.shape[-2] * reduced.projected.shape[-1]
+    energy = reduced.projected[chosen].abs().double().square().sum() / channels
+    level = noise_variance(reduced) if noise is None else noise
+    return bool(energy > LEAST_SIGNAL * level * expected)
+
+
+def _samples_above_noise(kspace: TrajectoryKSpace, noise: float | None) -> bool:
+    """Of a scan on any trajectory, from the samples nearest to the centre of k-space."""
+    radius = kspace.trajectory.square().sum(1)  # (n,)
+    if not radius.numel():
+        return False
+    count = max(1, round(CENTRE * radius.numel()))
+    innermost = radius <= radius.kthvalue(count).values
+    energy = kspace.samples[:, innermost].abs().double().square().mean()
+    if noise is None:
+        outermost = radius >= radius.kthvalue(max(1, round((1 - EDGE) * radius.numel()))).values
+        noise = float(kspace.samples[:, outermost].abs().double().square().mean())
+    return bool(energy > LEAST_SIGNAL * noise)

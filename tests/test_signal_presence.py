@@ -1,0 +1,78 @@
+"""Slices of noise alone: told from those with signal, and their maps left empty."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from fingerprint_scan import fingerprint_scan
+from scan_of_ellipses import PROTOCOLS, scan_of_ellipses
+
+from quantitron.gadgets.gadget import Context
+from quantitron.gadgets.reconstruct import Reconstruct
+from quantitron.recon.gram import reduce_kspace
+from quantitron.recon.signal_presence import holds_signal, silenced
+
+
+def noise_like(values, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(values.shape, dtype=values.dtype, generator=generator) * (values != 0)
+
+
+def of_noise(problem, scale=1.0):
+    """The problem with noise of standard deviation ``scale`` in the place of its data."""
+    samples = noise_like(problem.kspace.samples, scale)
+    kspace = replace(problem.kspace, samples=samples, energy=float(samples.abs().square().sum()))
+    if hasattr(problem, "dictionary"):
+        return replace(problem, kspace=kspace)
+    return replace(problem, kspace=kspace, reduced=reduce_kspace(kspace, problem.reduced.basis))
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["whitened", "noise unknown"])
+@pytest.mark.parametrize("sequence", ["vfa_gre", "t2ir_gre", "megre"])
+def test_lines_of_noise_are_told_from_weak_signal(sequence, known):
+    # In one image of a contrast the noise is as strong as the tissue, in each coil stronger.
+    problem, _, _ = scan_of_ellipses(PROTOCOLS[sequence], (4, 24, 24), acceleration=4, noise=4.0)
+    problem = replace(problem, noise_known=known)
+    assert holds_signal(problem)
+    assert not holds_signal(of_noise(problem))
+    assert holds_signal(of_noise(problem, 2.0)) is known  # louder than the noise scan: something is there
+    assert not holds_signal(silenced(problem))
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["whitened", "noise unknown"])
+def test_samples_of_noise_are_told_from_weak_signal(known):
+    scan = fingerprint_scan(24, noise=1.0, pd=20.0)
+    problem = replace(scan.problem, noise_known=known)
+    assert holds_signal(problem)
+    assert not holds_signal(of_noise(problem))
+    assert not holds_signal(silenced(problem))
+
+
+def test_a_slice_of_noise_between_others_has_an_empty_mask_and_changes_nothing_else():
+    problem, _, _ = scan_of_ellipses(PROTOCOLS["megre"], (1, 24, 24), noise=0.5)
+
+    def reconstructed(*problems):
+        context = Context(header=None, encoding=problem.encoding, protocol=problem.protocol, axes={})
+        gadget = Reconstruct.build({"solver": "subspace", "device": "cpu"}, "test")
+        gadget.prepare(context)
+        context.encoding = replace(context.encoding, slices=len(problems))
+        return list(gadget(iter(problems), context))[-1], context
+
+    plain, before = reconstructed(problem, problem)
+    mixed, context = reconstructed(problem, of_noise(problem), problem)
+    assert not mixed.mask[1].any()
+    assert mixed.values["t2star"][1].isnan().all()
+    for name, values in plain.values.items():
+        torch.testing.assert_close(mixed.values[name][[0, 2]], values, equal_nan=True, rtol=0, atol=0)
+    assert context.notes == [*before.notes, "slice 1 of 3 holds noise alone: its maps are empty"]
+    assert not context.failures
+
+
+def test_a_scan_of_noise_alone_gives_empty_maps_and_says_so():
+    problem, _, _ = scan_of_ellipses(PROTOCOLS["megre"], (1, 24, 24), noise=0.5)
+    context = Context(header=None, encoding=problem.encoding, protocol=problem.protocol, axes={})
+    gadget = Reconstruct.build({"solver": "subspace", "device": "cpu"}, "test")
+    gadget.prepare(context)
+    maps = list(gadget(iter([of_noise(problem)]), context))[-1]
+    assert not maps.mask.any()
+    assert "the scan holds no signal" in context.failures[0]
