@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from quantitron.gadgets.errors import ScanError
+from quantitron.gadgets.output_file import check_no_input
 from quantitron.host.options import Json, Overwrite, numbers
 from quantitron.host.training_commands import add_training_commands
 
@@ -357,6 +358,8 @@ def compare(
     from quantitron.host.compare import compare as run
     from quantitron.host.compare import table
 
+    if json_file is not None:
+        check_no_input(json_file, maps, truth)
     result = run(maps, truth)
     print(table(result))
     if json_file is not None:

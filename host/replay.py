@@ -17,6 +17,7 @@ import ismrmrd
 from quantitron.gadgets.chain import make_chain
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.image_file import read_images, write_images
+from quantitron.gadgets.output_file import check_no_input
 from quantitron.host.client import parse_address, send_scan
 from quantitron.host.configuration import (
     external_configuration,
@@ -66,7 +67,7 @@ def replay(
         pipeline: name of a pipeline, or path of an XML file.
         output: map file to write, in the layout of Gadgetron's client.
         settings: ``gadget.property=value``, stronger than the pipeline's.
-        overwrite: replace an output that exists.
+        overwrite: replace an output that exists, unless it is a file that the replay reads.
         gadgetron: ``HOST:PORT`` of a Gadgetron (or ``quantitron serve``) that reconstructs instead.
         group: group of the raw file.
         progress: told the acquisitions read and their total.
@@ -78,6 +79,7 @@ def replay(
     """
     started = time.monotonic()
     target = Path(output)
+    check_no_input(target, raw, pipeline)
     _check_output(target, overwrite)
     header = read_header(raw, group)
     total = count_acquisitions(raw, group)
@@ -85,6 +87,7 @@ def replay(
     root = parse_pipeline(text, where)
     configuration = external_configuration(root, where)
     override(configuration, settings, where)
+    check_no_input(target, *(node.get("value", "") for node in configuration.iter("property")))
     for node in configuration.findall("gadget"):
         if node.get("name") == "images":  # consoles want codes, files want values
             set_property(node, "output", "float32", replace=False)

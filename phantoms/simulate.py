@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.header import make_header
 from quantitron.gadgets.image_file import TRUTH_GROUP, reason, write_images
+from quantitron.gadgets.output_file import check_no_input
 from quantitron.phantoms.acquisition_order import Pass, acquisition_headers, order_passes
 from quantitron.phantoms.anatomy import Anatomy
 from quantitron.phantoms.coils import noise_covariance
@@ -151,6 +152,7 @@ def simulate(
         ScanError: if an argument or the phantom makes no sense, the file exists, or it cannot be written.
     """
     output = Path(output)
+    check_no_input(output, phantom)
     if output.exists() and not overwrite:
         raise ScanError(f"{output} exists; overwrite replaces it")
     if isinstance(supersampling, int):

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.header import make_header
 from quantitron.gadgets.image_file import TRUTH_GROUP, reason, write_images
+from quantitron.gadgets.output_file import check_no_input
 from quantitron.phantoms.coils import noise_covariance
 from quantitron.phantoms.encode import POINT_SPREADS, PointSpread
 from quantitron.phantoms.fingerprint_order import (
@@ -137,10 +138,12 @@ def simulate_fingerprint(
         ScanError: if an argument or the phantom makes no sense, the file exists, or it cannot be written.
     """
     output = Path(output)
+    check_no_input(output, phantom, schedule)
     if output.exists() and not overwrite:
         raise ScanError(f"{output} exists; overwrite replaces it")
     if b1_map is not None:
         b1_map = Path(b1_map)
+        check_no_input(b1_map, phantom, schedule)
         if b1_map.suffix != ".npz":
             raise ScanError(f"b1_map is '{b1_map}'; it must end in .npz")
         if b1_map.exists() and not overwrite:

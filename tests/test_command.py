@@ -123,6 +123,15 @@ def test_replay_prints_results_for_people_and_programs(tmp_path):
     assert result["images"] == 2
     assert result["series"] == {"101": "T1", "102": "T1"}
     assert any("megre" in note for note in result["notes"])
+    before = raw.read_bytes()
+    for arguments in (
+        ["replay", raw, "-p", name, "-o", raw, "--overwrite"],
+        ["compare", raw, raw, "--json", raw],
+    ):
+        done = command("--stand-in", *arguments)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1] == f"quantitron: {raw} is read and cannot be the output as well"
+        assert raw.read_bytes() == before
 
 
 def test_debug_shows_where_it_failed_and_nothing_else_does(tmp_path):

@@ -296,6 +296,13 @@ def test_files_that_are_there_are_not_replaced(data, tmp_path, ending):
     assert there.read_text() == "mine"
 
 
+def test_the_table_of_the_data_is_never_replaced(tmp_path):
+    table = tmp_path / "net.loss.csv"
+    table.write_text("file,modality\n")
+    with pytest.raises(ScanError, match=r"net\.loss\.csv is read and cannot be the output as well"):
+        train_denoiser(table, tmp_path / "net.safetensors", SMALL, "cpu", overwrite=True)
+
+
 def test_a_checkpoint_that_is_not_there_is_missed_before_anything_is_read(tmp_path):
     with pytest.raises(ScanError, match="gone holds no checkpoint"):
         train_denoiser(tmp_path, tmp_path / "a.safetensors", SMALL, "cpu", resume=tmp_path / "gone")

@@ -94,3 +94,20 @@ def test_bad_values_are_one_sentence(tmp_path, phantom):
     done = simulate("fisp_mrf", "-o", tmp_path / "raw.h5", "--phantom", phantom, "--schedule", "yang")
     assert done.returncode == 1
     assert done.stderr.strip() == "quantitron: schedule 'yang' is neither jiang, tgas nor a FILE.csv"
+
+
+def test_the_phantom_and_the_schedule_are_never_replaced(tmp_path, phantom):
+    schedule = tmp_path / "own.csv"
+    schedule.write_text("flip_angle_deg,tr_ms\n10,11\n12,11\n")
+    raw = tmp_path / "raw.h5"
+    before = phantom.read_bytes(), schedule.read_bytes()
+    for replaced, arguments in (
+        (phantom, ["megre", "-o", phantom]),
+        (phantom, ["fisp_mrf", "-o", phantom]),
+        (phantom, ["fisp_mrf", "-o", raw, "--b1-map", phantom]),
+        (schedule, ["fisp_mrf", "-o", schedule, "--schedule", schedule]),
+    ):
+        done = simulate(*arguments, "--phantom", phantom, "--overwrite")
+        assert done.returncode == 1
+        assert done.stderr.strip() == f"quantitron: {replaced} is read and cannot be the output as well"
+    assert (phantom.read_bytes(), schedule.read_bytes()) == before

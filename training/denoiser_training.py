@@ -95,7 +95,7 @@ def train_denoiser(
         ScanError: if the data cannot be trained on, an output is there already, or the training failed.
     """
     checkpoint = resume if resume is not None else output.with_suffix(".checkpoint")
-    check_outputs(output, checkpoint, resume is not None, overwrite)
+    check_outputs(output, checkpoint, resume is not None, overwrite, data)
     try:
         chosen = choose_device(device)
     except ValueError as error:

@@ -7,13 +7,16 @@ import os
 from pathlib import Path
 
 from quantitron.gadgets.errors import ScanError
+from quantitron.gadgets.output_file import check_no_input
 from quantitron.training.loop import Trained
 
 CARD, LOSSES, FIGURE = ".md", ".loss.csv", ".loss.png"
 """Endings of what is written beside the weights."""
 
 
-def check_outputs(output: Path, checkpoint: Path, resume: bool, overwrite: bool) -> None:
+def check_outputs(
+    output: Path, checkpoint: Path, resume: bool, overwrite: bool, *inputs: str | os.PathLike[str]
+) -> None:
     """Refuse to begin what could not be written in the end, or would replace what is there.
 
     Args:
@@ -21,17 +24,18 @@ def check_outputs(output: Path, checkpoint: Path, resume: bool, overwrite: bool)
         checkpoint: folder.
         resume: whether the checkpoint is to go on from.
         overwrite: whether to replace what is there.
+        inputs: files that the training reads; they are never replaced.
 
     Raises:
         ScanError: in one sentence.
     """
     if output.suffix != ".safetensors":
         raise ScanError(f"{output} must end in .safetensors")
-    if not overwrite:
-        for ending in (output.suffix, CARD, LOSSES, FIGURE):
-            written = output.with_suffix(ending)
-            if written.exists():
-                raise ScanError(f"{written} is there already; --overwrite replaces it")
+    for ending in (output.suffix, CARD, LOSSES, FIGURE):
+        written = output.with_suffix(ending)
+        check_no_input(written, *inputs)
+        if written.exists() and not overwrite:
+            raise ScanError(f"{written} is there already; --overwrite replaces it")
     if checkpoint.exists() and not resume and not overwrite:
         raise ScanError(f"{checkpoint} holds a training already: --resume goes on, --overwrite starts anew")
     if resume and not checkpoint.is_dir():

@@ -210,7 +210,8 @@ class _Run:
         self.output, self.training, self.resume = output, training, resume
         self.overwrite, self.progress = overwrite, progress
         self.checkpoint = resume if resume is not None else output.with_suffix(".checkpoint")
-        check_outputs(output, self.checkpoint, resume is not None, overwrite)
+        read = (*phantoms, *(scan.schedule for scan in training.slices.scans))
+        check_outputs(output, self.checkpoint, resume is not None, overwrite, *read)
         if not phantoms:
             raise ScanError("no phantom to learn from")
         try:
