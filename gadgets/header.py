@@ -7,12 +7,13 @@ What real headers do to the schema is in SCANNER.md section 3: units of times ar
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from xml.etree import ElementTree
 
 import ismrmrd.xsd as xsd
-from xsdata.exceptions import ParserError
+from xsdata.exceptions import ConverterWarning, ParserError
 from xsdata.formats.dataclass.parsers import XmlParser
 from xsdata.formats.dataclass.parsers.config import ParserConfig
 
@@ -31,22 +32,30 @@ from quantitron.recon.data import Encoding, Protocol
 NAMESPACE = "http://www.ismrm.org/ISMRMRD"
 LARGEST_MATRIX = 4096
 """Points along one axis above which a header is taken for nonsense."""
+OF_PERSONS = ("subjectInformation", "studyInformation")
+"""Elements that no reconstruction needs. They are never parsed, so that no message can hold their values."""
 
 
 def parse_header(document: str | bytes) -> xsd.ismrmrdHeader:
     """Read a header as scanners write it: unknown elements and absent ``encodingLimits`` are no error.
+
+    Subject and study are left out. Whoever hands the header on hands on ``document``.
 
     Raises:
         ScanError: if the text is not an ISMRMRD header.
     """
     try:
         root = ElementTree.fromstring(document)
+        for element in [child for child in root if child.tag.rpartition("}")[2] in OF_PERSONS]:
+            root.remove(element)
         for encoding in root.iter(f"{{{NAMESPACE}}}encoding"):
             # The schema demands the element, real files leave it out; all of its parts are optional.
             if encoding.find(f"{{{NAMESPACE}}}encodingLimits") is None:
                 encoding.append(ElementTree.Element(f"{{{NAMESPACE}}}encodingLimits"))
         parser = XmlParser(config=ParserConfig(fail_on_unknown_properties=False))
-        return parser.from_bytes(ElementTree.tostring(root), xsd.ismrmrdHeader)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConverterWarning)  # they print values on stderr
+            return parser.from_bytes(ElementTree.tostring(root), xsd.ismrmrdHeader)
     except (ElementTree.ParseError, ParserError, TypeError, ValueError) as error:
         raise ScanError(f"the header is not an ISMRMRD header: {str(error).splitlines()[0]}") from error
 

@@ -338,6 +338,23 @@ def test_text_that_is_no_header(text):
         parse_header(text)
 
 
+def test_nothing_about_a_person_is_parsed_or_printed():
+    """The tests turn warnings into errors: the parser's would hold the values."""
+    text = xsd.ToXML(make_header(encoding(), megre())).replace(
+        "<measurementInformation>",
+        "<subjectInformation><patientName>Roe^Jane</patientName><patientWeight_kg>72,5</patientWeight_kg>"
+        "<patientBirthdate>19701203</patientBirthdate></subjectInformation>"
+        "<studyInformation><studyDate>2024.01.02</studyDate></studyInformation>"
+        "<measurementInformation><seriesDate>20240102</seriesDate>",
+    )
+    header = parse_header(text)
+    assert header.subjectInformation is None
+    assert header.studyInformation is None
+    assert make_context(header).protocol.sequence == "megre"
+    for secret in ("Jane", "72,5", "1970", "2024.01.02"):
+        assert secret not in repr(header)
+
+
 def test_centre_that_cannot_be_is_replaced_by_the_middle():
     header = make_header(encoding((1, 8, 16)), megre(), centre=(0, 0))
     context = make_context(header)
