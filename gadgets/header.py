@@ -20,6 +20,7 @@ from xsdata.formats.dataclass.parsers.config import ParserConfig
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.fingerprint_protocol import fingerprint_protocol
 from quantitron.gadgets.gadget import Context
+from quantitron.gadgets.header_elements import convert_values, with_absent_elements
 from quantitron.gadgets.header_values import inversion_efficiency, listed, seconds, single
 from quantitron.gadgets.sequence import (
     contrast_axes,
@@ -29,7 +30,6 @@ from quantitron.gadgets.sequence import (
 )
 from quantitron.recon.data import Encoding, Protocol
 
-NAMESPACE = "http://www.ismrm.org/ISMRMRD"
 LARGEST_MATRIX = 4096
 """Points along one axis above which a header is taken for nonsense."""
 OF_PERSONS = ("subjectInformation", "studyInformation")
@@ -37,27 +37,28 @@ OF_PERSONS = ("subjectInformation", "studyInformation")
 
 
 def parse_header(document: str | bytes) -> xsd.ismrmrdHeader:
-    """Read a header as scanners write it: unknown elements and absent ``encodingLimits`` are no error.
+    """Read a header as scanners write it: unknown elements and absent ``encodingLimits`` are no error, nor is
+    a value that means what the schema writes otherwise, or one of an element that nothing reads.
 
     Subject and study are left out. Whoever hands the header on hands on ``document``.
 
     Raises:
-        ScanError: if the text is not an ISMRMRD header.
+        ScanError: if the text is not an ISMRMRD header, or an element that matters makes no sense.
     """
     try:
         root = ElementTree.fromstring(document)
         for element in [child for child in root if child.tag.rpartition("}")[2] in OF_PERSONS]:
             root.remove(element)
-        for encoding in root.iter(f"{{{NAMESPACE}}}encoding"):
-            # The schema demands the element, real files leave it out; all of its parts are optional.
-            if encoding.find(f"{{{NAMESPACE}}}encodingLimits") is None:
-                encoding.append(ElementTree.Element(f"{{{NAMESPACE}}}encodingLimits"))
-        parser = XmlParser(config=ParserConfig(fail_on_unknown_properties=False))
+        parser = XmlParser(
+            config=ParserConfig(fail_on_unknown_properties=False, class_factory=with_absent_elements)
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConverterWarning)  # they print values on stderr
-            return parser.from_bytes(ElementTree.tostring(root), xsd.ismrmrdHeader)
+            header = parser.from_bytes(ElementTree.tostring(root), xsd.ismrmrdHeader)
     except (ElementTree.ParseError, ParserError, TypeError, ValueError) as error:
         raise ScanError(f"the header is not an ISMRMRD header: {str(error).splitlines()[0]}") from error
+    convert_values(header)
+    return header
 
 
 def make_context(

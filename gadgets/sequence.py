@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 
 import ismrmrd
 
@@ -33,16 +34,23 @@ CONTRAST_COUNTERS = (
     *(f"user_{i}" for i in range(8)),
 )
 """Counters that may carry a contrast axis."""
+_SEQUENCE_PARAMETER = re.compile(r"(T2PrepDuration|RFPhase)_\d+|InversionEfficiency")
+
+
+def is_sequence_parameter(name: str | None) -> bool:
+    """Whether a user parameter of that name describes one of the sequences; others are somebody else's."""
+    return name is not None and _SEQUENCE_PARAMETER.fullmatch(name) is not None
 
 
 def preparation_parameters(header: ismrmrd.xsd.ismrmrdHeader) -> dict[str, float]:
-    """All numeric user parameters by name, doubles and longs alike (converters send either)."""
+    """User parameters of the sequences by name, doubles and longs alike (converters send either)."""
     if header.userParameters is None:
         return {}
     parameters = header.userParameters
     return {
         entry.name: float(entry.value)
         for entry in (*parameters.userParameterLong, *parameters.userParameterDouble)
+        if is_sequence_parameter(entry.name)
     }
 
 
