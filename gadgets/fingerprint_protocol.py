@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import ismrmrd.xsd as xsd
 
 from quantitron.gadgets.errors import ScanError
-from quantitron.gadgets.header_values import inversion_efficiency, listed, seconds, single
+from quantitron.gadgets.header_values import inversion_efficiency, listed, single
+from quantitron.gadgets.scan_times import longest_repetition, scan_times
 from quantitron.gadgets.sequence import preparation_parameters
 from quantitron.recon.data import Protocol
 
@@ -43,12 +44,15 @@ def fingerprint_protocol(
         raise ScanError("the header's flip angles are all 0: a fingerprint needs excitations")
     if not parameters.TR:
         raise ScanError("the header gives no TR, which fisp_mrf needs")
-    in_seconds = 0 < max(parameters.TR) < 1  # no spiral is played in a TR below 1 ms
-    repetition = seconds(parameters.TR, "TR", 1.0, notes)
+    echo_time, repetition, inversion = scan_times(
+        parameters.TE[:1],
+        parameters.TR,
+        parameters.TI,
+        longest_repetition("fisp_mrf", angles),
+        notes,
+    )
     if len(repetition) > 1:
         repetition = tuple(_for_each(repetition, points, "TRs", notes))
-    # Spirals out may start 0.1 ms after the pulse, so that TE alone does not tell ms from s.
-    echo_time = seconds(parameters.TE[:1], "TE", 0.3 if in_seconds else 0.02, notes)
     if any(value != parameters.TE[0] for value in parameters.TE):
         notes.append("the header gives several values of TE; a fingerprint has one, the first is used")
     if echo_time[0] >= min(repetition):
@@ -56,7 +60,6 @@ def fingerprint_protocol(
             f"the echo time {echo_time[0] * 1e3:g} ms is not shorter than the shortest TR of "
             f"{min(repetition) * 1e3:g} ms"
         )
-    inversion = seconds(parameters.TI, "TI", 1.0 if in_seconds else 0.3, notes)
     if inversion and max(inversion) > 0:
         inversion = (single(inversion, "TI", "fisp_mrf"),)
     elif inversion:

@@ -21,7 +21,8 @@ from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.fingerprint_protocol import fingerprint_protocol
 from quantitron.gadgets.gadget import Context
 from quantitron.gadgets.header_elements import convert_values, with_absent_elements
-from quantitron.gadgets.header_values import inversion_efficiency, listed, seconds, single
+from quantitron.gadgets.header_values import inversion_efficiency, listed, single
+from quantitron.gadgets.scan_times import durations, longest_repetition, scan_times
 from quantitron.gadgets.sequence import (
     contrast_axes,
     detect_sequence,
@@ -263,8 +264,13 @@ def read_protocol(
     if sequence == "fisp_mrf":
         protocol = fingerprint_protocol(header, axes["ti"], counter_length(header, axes["ti"]), notes)
         return replace(protocol, field_strength=_field_strength(header), phase_sign=phase_sign)
-    echo_time = seconds(parameters.TE, "TE", 0.3, notes)
-    repetition = seconds(parameters.TR, "TR", 1.0 if max(parameters.TE) >= 0.3 else 20.0, notes)
+    echo_time, repetition, inversion_time = scan_times(
+        parameters.TE,
+        parameters.TR,
+        parameters.TI if sequence == "t2ir_gre" else (),
+        longest_repetition(sequence, parameters.flipAngle_deg),
+        notes,
+    )
     _match(len(echo_time), counter_length(header, axes.get("te")), "TE", axes.get("te"))
     if min(echo_time) <= 0 or list(echo_time) != sorted(set(echo_time)):
         raise ScanError(f"the header's echo times are not positive and ascending: {listed(parameters.TE)}")
@@ -275,7 +281,6 @@ def read_protocol(
         )
 
     preparation: tuple[float, ...] = ()
-    inversion_time: tuple[float, ...] = ()
     efficiency: float | None = None
     excitations = 1
     if sequence == "megre":
@@ -297,7 +302,6 @@ def read_protocol(
         flip_angle = (single(flip_angle, "flipAngle_deg", sequence),)
         preparation, efficiency = _preparations(header, notes)
         _match(len(preparation), counter_length(header, axes.get("tau")), "T2PrepDuration", axes.get("tau"))
-        inversion_time = seconds(parameters.TI, "TI", 0.3 if max(parameters.TE) >= 0.3 else 20.0, notes)
         counted = counter_length(header, axes.get("ti"))
         excitations = counted if counted is not None else len(inversion_time)
         if excitations < 1:
@@ -344,14 +348,14 @@ def _match(given: int, allowed: int | None, name: str, counter: str | None) -> N
 def _preparations(header: xsd.ismrmrdHeader, notes: list[str]) -> tuple[tuple[float, ...], float | None]:
     """T2-preparation times [s] and inversion efficiency from the user parameters."""
     user = preparation_parameters(header)
-    durations: list[float] = []
-    while (value := user.get(f"T2PrepDuration_{len(durations)}")) is not None:
-        durations.append(value)
-    if not durations:
+    given: list[float] = []
+    while (value := user.get(f"T2PrepDuration_{len(given)}")) is not None:
+        given.append(value)
+    if not given:
         raise ScanError(
             "the header gives no T2 preparation (user parameter T2PrepDuration_0), which t2ir_gre needs"
         )
-    return seconds(durations, "T2PrepDuration", 0.5, notes), inversion_efficiency(user)
+    return durations(given, "T2PrepDuration", 0.5, notes), inversion_efficiency(user)
 
 
 # --------------------------------------------------------------------------------------------------- reverse

@@ -1,8 +1,7 @@
-"""Numbers of ``sequenceParameters``: checked, and times in seconds."""
+"""Numbers of a header, checked."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from quantitron.gadgets.errors import ScanError
@@ -12,20 +11,6 @@ def listed(values: Sequence[float]) -> str:
     """The first eight values, for a sentence."""
     shown = ", ".join(f"{value:g}" for value in values[:8])
     return shown + (", ..." if len(values) > 8 else "")
-
-
-def seconds(values: Sequence[float], name: str, smallest: float, notes: list[str]) -> tuple[float, ...]:
-    """Times in s: ms by convention, s where even the longest is below ``smallest`` ms.
-
-    Raises:
-        ScanError: if one is negative or not finite.
-    """
-    if any(not math.isfinite(value) or value < 0 for value in values):
-        raise ScanError(f"the header's {name} holds values that are no time: {listed(values)}")
-    if values and 0 < max(values) < smallest:
-        notes.append(f"{name} of {listed(values)} is implausibly short in ms; taken as seconds")
-        return tuple(float(value) for value in values)
-    return tuple(float(value) / 1e3 for value in values)
 
 
 def single(values: Sequence[float], name: str, sequence: str) -> float:

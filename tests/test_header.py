@@ -157,6 +157,60 @@ def test_seconds_are_recognised_and_noted():
         assert any(note.startswith(f"{name} of") and "taken as seconds" in note for note in context.notes)
 
 
+@pytest.mark.parametrize(
+    ("protocol", "echoes", "tr"),
+    [
+        (vfa(), [0.07], 8.0),
+        (vfa(), [0.05, 0.1, 0.2], 8.0),
+        (t2ir(), [0.25], 3.5),
+        (megre(), [0.07, 0.15], 8.0),
+    ],
+)
+def test_ultrashort_echoes_do_not_make_seconds_of_a_tr_in_ms(protocol, echoes, tr):
+    """8 s between excitations of few degrees make no sense, and 70 ms do not fit into 8 ms."""
+    header = make_header(encoding(), protocol)
+    header.encoding[0].encodingLimits.contrast.maximum = len(echoes) - 1
+    parameters = header.sequenceParameters
+    parameters.TE, parameters.TR = echoes, [tr]
+    parameters.flipAngle_deg = [3.0, 9.0, 18.0] if protocol.sequence == "vfa_gre" else [5.0]
+    context = make_context(header)
+    assert context.protocol.echo_time == pytest.approx([1e-3 * value for value in echoes])
+    assert context.protocol.repetition_time == (1e-3 * tr,)
+    assert not [note for note in context.notes if "seconds" in note]
+
+
+@pytest.mark.parametrize(
+    ("echoes", "tr", "angle", "units"),
+    [
+        ([0.005, 0.010], [2.5], [60.0], (1, 1)),
+        ([0.005, 0.010], [0.5], [5.0], (1, 1)),
+        ([0.004, 0.030], [35.0], [15.0], (1, 1e-3)),
+        ([4.0, 30.0], [0.035], [15.0], (1e-3, 1)),
+        ([0.004, 0.030], [], [], (1, 1)),
+        ([4.0, 30.0], [], [], (1e-3, 1)),
+        ([4.0, 30.0], [2500.0], [60.0], (1e-3, 1e-3)),
+    ],
+)
+def test_times_together_tell_their_units(echoes, tr, angle, units):
+    header = make_header(encoding(), megre())
+    parameters = header.sequenceParameters
+    parameters.TE, parameters.TR, parameters.flipAngle_deg = echoes, tr, angle
+    protocol = make_context(header).protocol
+    assert protocol.echo_time == pytest.approx([units[0] * value for value in echoes])
+    assert protocol.repetition_time == pytest.approx([units[1] * value for value in tr])
+
+
+@pytest.mark.parametrize(
+    ("tr", "ti", "found"), [(0.03, [0.02], 0.02), (0.03, [3.0], 3.0), (30.0, [15.0], 0.015)]
+)
+def test_inversion_times_go_with_the_repetition_time(tr, ti, found):
+    header = make_header(encoding(), t2ir())
+    parameters = header.sequenceParameters
+    scale = tr / parameters.TR[0]
+    parameters.TE, parameters.TR, parameters.TI = [scale * value for value in parameters.TE], [tr], ti
+    assert make_context(header).protocol.inversion_time == (found,)
+
+
 def test_long_tr_in_ms_is_not_taken_for_seconds():
     header = make_header(encoding(), megre())
     header.sequenceParameters.TR = [15.0]
