@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from quantitron.gadgets.acquisition_block import AcquisitionBlock, blocks_of
-from quantitron.gadgets.acquisition_kind import CALIBRATION, IMAGING_TOO, LAST, NAVIGATOR, flagged, of_scan
+from quantitron.gadgets.acquisition_kind import CALIBRATION, NAVIGATOR, flagged, is_image, of_scan
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget
 from quantitron.gadgets.line_position import PositionReader, Positions
 from quantitron.gadgets.line_store import CalibrationStore, GrowingRows, LineStore, NavigatorStore
+from quantitron.gadgets.measurement_end import MeasurementEnd
 from quantitron.gadgets.read_ahead import read_ahead
 from quantitron.gadgets.scan_coverage import ScanCoverage
 from quantitron.gadgets.single_thread import single_thread
@@ -69,8 +70,7 @@ class Accumulate(Gadget):
                 chosen = of_scan(block, context)
                 if scan is None and chosen.any():
                     scan = make(self, context, block)
-                # What follows the end of the measurement is read, so that the sender can finish, not used.
-                if scan is not None and not scan.ended:
+                if scan is not None:
                     _add(scan, block, chosen)
         if scan is None:
             raise ScanError("the scan ended without a single imaging line")
@@ -78,11 +78,8 @@ class Accumulate(Gadget):
 
 
 def _add(scan: _CartesianScan | TrajectoryScan, block: AcquisitionBlock, chosen: NDArray[np.bool_]) -> None:
-    """Hand the chosen lines up to the end of the measurement to the scan."""
-    last = flagged(block, LAST)
-    if last.any():
-        scan.ended = True
-        chosen = chosen & (np.arange(len(block)) < int(last.argmax()) + 1)
+    """Hand the chosen lines to the scan."""
+    scan.end.read(block, chosen)
     if not chosen.any():
         return
     energy = _energy(block)
@@ -130,14 +127,14 @@ class _CartesianScan:
         self._energy = GrowingRows((), np.float64)
         self._slice = GrowingRows((), np.int64)
         self._coverage = ScanCoverage(context.protocol, encoding)
-        self.ended = False
+        self.end = MeasurementEnd()
 
     def add(self, block: AcquisitionBlock, chosen: NDArray[np.bool_], energy: NDArray[np.float64]) -> None:
         """Sort the chosen lines of a block, whose energies (n,) are given, into the stores."""
         self._check_shape(block, chosen)
         navigator = chosen & flagged(block, NAVIGATOR)
         calibration = chosen & flagged(block, CALIBRATION) & ~navigator
-        imaging = chosen & ~navigator & (~calibration | flagged(block, IMAGING_TOO))
+        imaging = chosen & is_image(block)
         if navigator.any():
             self._add_navigators(block, navigator)
         if calibration.any():
@@ -220,7 +217,7 @@ class _CartesianScan:
         self._coverage.judge(
             self._context,
             (self._reader.partitions, self._reader.lines),
-            ended=self.ended,
+            end=self.end,
             minimum_fraction=self._settings.minimum_fraction,
         )
         # The sum over slices, then lines in order of arrival, is the same however the stream was cut.

@@ -40,6 +40,14 @@ def flagged(block: AcquisitionBlock, bits: np.uint64) -> NDArray[np.bool_]:
     return chosen
 
 
+def is_image(block: AcquisitionBlock) -> NDArray[np.bool_]:
+    """(n,) lines of the scan that belong to its images: neither navigators nor for calibration alone."""
+    imaging: NDArray[np.bool_] = ~flagged(block, NAVIGATOR) & (
+        ~flagged(block, CALIBRATION) | flagged(block, IMAGING_TOO)
+    )
+    return imaging
+
+
 def of_scan(block: AcquisitionBlock, context: Context) -> NDArray[np.bool_]:
     """(n,) imaging, calibration and navigator lines of the first encoding space.
 

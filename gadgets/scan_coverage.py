@@ -9,6 +9,7 @@ from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context
 from quantitron.gadgets.header import PhaseEncoding
 from quantitron.gadgets.line_position import Positions
+from quantitron.gadgets.measurement_end import MeasurementEnd
 from quantitron.recon.data import Encoding, Protocol
 
 
@@ -48,19 +49,20 @@ class ScanCoverage:
         context: Context,
         axes: tuple[PhaseEncoding, PhaseEncoding],
         *,
-        ended: bool,
+        end: MeasurementEnd,
         minimum_fraction: float,
     ) -> None:
         """Say how much is missing where the scan ended early.
 
         A scan is enough if each slice has its k-space centre and lines of every value of every contrast axis.
         If the end of the measurement was flagged, contrast values that never came are the header's mistake
-        and only noted.
+        and only noted, as long as there are two of those that it announces: of a single flip angle,
+        excitation or preparation no relaxation time can be told.
 
         Args:
             context: notes go there.
             axes: what the header announces along (z, y).
-            ended: whether LAST_IN_MEASUREMENT came.
+            end: what was told of the end of the measurement.
             minimum_fraction: share of the announced points that must have come.
 
         Raises:
@@ -74,12 +76,11 @@ class ScanCoverage:
         fraction = distinct / announced
         # Undersampled scans leave most of them out on purpose; the header does not say which.
         amount = f"{distinct} of the {announced} lines that the encoding limits span came"
-        if not ended and distinct < announced:
-            context.note(f"the end of the measurement was not flagged; {amount}")
+        end.note(context, amount, complete=distinct >= announced)
         if fraction < minimum_fraction:
             raise ScanError(f"{amount}, less than the minimum_fraction of {minimum_fraction:g}")
         for slice_index in range(self._slices):
-            self._judge_slice(context, came[slice_index], slice_index, amount, ended)
+            self._judge_slice(context, came[slice_index], slice_index, amount, end.flagged)
 
     def _judge_slice(
         self, context: Context, came: NDArray[np.bool_], slice_index: int, amount: str, ended: bool
@@ -100,6 +101,11 @@ class ScanCoverage:
             # Without an echo there is nothing to fit T2* and B0 to; other contrasts may be thinned out.
             if not ended or axis == 2:
                 raise ScanError(f"{sentence}; {amount}")
+            if np.count_nonzero(seen) < 2:
+                raise ScanError(
+                    f"all lines{where} have {counter} = {int(seen.argmax())}, one of {len(seen)} values, "
+                    f"which is too few to fit; {amount}"
+                )
             context.note(sentence)
         points: NDArray[np.bool_] = np.any(came, axis=(0, 1, 2))  # (z, y)
         nz, ny = points.shape

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantitron.gadgets.acquisition_block import AcquisitionBlock
-from quantitron.gadgets.acquisition_kind import CALIBRATION, IMAGING_TOO, NAVIGATOR, flagged
+from quantitron.gadgets.acquisition_kind import CALIBRATION, NAVIGATOR, flagged, is_image
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context
 from quantitron.gadgets.header import counter_length, counter_limit, phase_encoding
 from quantitron.gadgets.line_position import Index, counter_values
+from quantitron.gadgets.measurement_end import MeasurementEnd
 from quantitron.gadgets.trajectory_store import Readouts, TrajectoryStore
 from quantitron.recon.data import ScanData, TrajectoryKSpace
 
@@ -71,7 +72,7 @@ class TrajectoryScan:
         self._farthest = np.zeros(self._dimensions, dtype=np.int64)
         self._came = np.zeros((0, self._points, self._announced_partitions), dtype=bool)
         """Which readouts have come, by slice, time point and partition."""
-        self.ended = False
+        self.end = MeasurementEnd()
 
     # ------------------------------------------------------------------------------------------------ input
 
@@ -103,7 +104,7 @@ class TrajectoryScan:
             number = numbers[int(finite.argmin())]
             raise ScanError(f"acquisition {number} has trajectory values that are not finite numbers")
         calibration = flagged(block, CALIBRATION)[chosen]
-        imaging = ~calibration | flagged(block, IMAGING_TOO)[chosen]
+        imaging = is_image(block)[chosen]
         time_point = self._time_points(block, chosen, imaging, numbers)
         readouts = Readouts(
             samples=block.data if chosen.all() else block.data[chosen],
@@ -321,8 +322,7 @@ class TrajectoryScan:
         distinct, announced = int(np.count_nonzero(self._came)), self._came.size
         what = "slice, time point and partition" if self._announced_partitions > 1 else "slice and time point"
         amount = f"{distinct} of the {announced} readouts that the header announces (by {what}) came"
-        if not self.ended and distinct < announced:
-            self._context.note(f"the end of the measurement was not flagged; {amount}")
+        self.end.note(self._context, amount, complete=distinct >= announced)
         if distinct / announced < self._minimum_fraction:
             raise ScanError(f"{amount}, less than the minimum_fraction of {self._minimum_fraction:g}")
         time_points: NDArray[np.bool_] = np.any(self._came, axis=2)  # (s, w)

@@ -399,21 +399,6 @@ def test_geometry_is_that_of_the_first_line_of_each_slice():
 # ---- the end of the scan
 
 
-def test_what_follows_the_last_line_is_read_but_not_used():
-    lines = full_scan(megre(), encoding(), NX)
-    more = block(noise((40, 2, NX)), contrast=0)
-    read = []
-
-    def stream():
-        for part in numbered(lines, more):
-            read.append(len(part))
-            yield part
-
-    kspace = accumulate(stream(), scan_of(megre())).kspace
-    assert sum(read) == len(lines) + 40
-    assert kspace.count.unique().tolist() == [1]
-
-
 def test_end_of_a_repetition_ends_nothing():
     lines = full_scan(megre(), encoding(), NX)
     lines.head["flags"][3] = 1 << (ismrmrd.ACQ_LAST_IN_REPETITION - 1)
