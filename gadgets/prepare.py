@@ -21,13 +21,11 @@ from quantitron.gadgets.acquisition_kind import NOISE, REVERSE, flagged, of_scan
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget
 from quantitron.gadgets.header import encoded_readout, phase_encoding
+from quantitron.gadgets.noise_whitening import whitening_matrix
 from quantitron.gadgets.single_thread import single_thread
 from quantitron.recon.data import Encoding
 
 logger = logging.getLogger("quantitron")
-
-ENOUGH_NOISE = 4
-"""Noise samples for each channel below which correlations between channels are not estimated."""
 
 
 def _tensor(array: NDArray[np.complex64]) -> torch.Tensor:
@@ -51,7 +49,8 @@ class NoiseAdjust(Gadget):
 
     The product with the whitening matrix is left to ``remove_oversampling`` (``AcquisitionBlock.mixing``).
 
-    Noise lines count from the start of the stream to the first line of the scan proper. Without any, lines
+    Channels without noise, and those whose noise is a combination of that of others, are left out. Noise
+    lines count from the start of the stream to the first line of the scan proper. Without any, lines
     pass as they are and ``context.noise_known`` stays False.
     """
 
@@ -111,27 +110,9 @@ class NoiseAdjust(Gadget):
         samples = np.concatenate(
             [block.data.transpose(1, 0, 2).reshape(channels, -1) for block in noise], axis=1
         ).astype(np.complex128)  # (c, noise sample)
-        covariance = samples @ samples.conj().T / samples.shape[1]  # E[n n^H]
-        variance = covariance.diagonal().real
-        alive = variance > 1e-12 * variance.max()
-        if not alive.any():
-            context.note(
-                "the noise lines hold no noise: channels are not whitened and the noise level is not known"
-            )
+        matrix = whitening_matrix(samples, context.note)
+        if matrix is None:
             return None
-        if not alive.all():
-            context.note(f"{int((~alive).sum())} of {channels} channels have no noise and are left out")
-            # A channel without noise would get infinite weight; it is switched off instead.
-            covariance[~alive, :], covariance[:, ~alive] = 0, 0
-            covariance[~alive, ~alive] = 1
-        if samples.shape[1] < ENOUGH_NOISE * channels:
-            context.note(
-                f"the noise scan has {samples.shape[1]} samples for {channels} channels: "
-                "correlations between channels are not taken out"
-            )
-            covariance = np.diag(covariance.diagonal())
-        matrix = np.linalg.inv(np.linalg.cholesky(covariance))
-        matrix[~alive] = 0
         system = context.header.acquisitionSystemInformation
         given = system.relativeReceiverNoiseBandwidth if system is not None else None
         ratio = float(given) if given and given > 0 else self.receiver_bandwidth_ratio
@@ -139,13 +120,13 @@ class NoiseAdjust(Gadget):
         if not dwell > 0:
             context.note("the noise lines have no sampling time: taken as that of the imaging lines")
         context.noise_known = True
-        return _Whitening(matrix.astype(np.complex128), dwell, ratio)
+        return _Whitening(matrix, dwell, ratio)
 
 
 @dataclass(frozen=True)
 class _Whitening:
     matrix: NDArray[np.complex128]
-    """(c, c) inverse Cholesky factor of the noise covariance."""
+    """(k, c) inverse Cholesky factor of the noise covariance over the channels with noise of their own."""
     dwell: float
     """Sampling time of the noise lines [us]; 0 where not known."""
     ratio: float
@@ -153,10 +134,10 @@ class _Whitening:
 
     def apply(self, block: AcquisitionBlock) -> Iterator[AcquisitionBlock]:
         """The block, cut where the sampling time changes, with the whitening as pending ``mixing``."""
-        if block.data.shape[1] != len(self.matrix):
+        channels = self.matrix.shape[1]
+        if block.data.shape[1] != channels:
             raise ScanError(
-                f"acquisition {block.first} has {block.data.shape[1]} channels, the noise scan has "
-                f"{len(self.matrix)}"
+                f"acquisition {block.first} has {block.data.shape[1]} channels, the noise scan has {channels}"
             )
         dwells = block.head["sample_time_us"]
         edges = [0, *(np.flatnonzero(np.diff(dwells)) + 1).tolist(), len(block)]

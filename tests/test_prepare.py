@@ -97,14 +97,58 @@ def test_few_noise_samples_take_out_variances_only():
     assert "8 samples for 4 channels" in scan.notes[0]
 
 
-def test_dead_channel_is_switched_off():
-    scan_noise = correlated((16, COILS, 64), 0)
+def test_dead_channel_is_left_out():
+    scan_noise, lines = correlated((16, COILS, 64), 0), correlated((1, COILS, 32), 1)
+    others = [0, 1, 3]
+    expected, _ = whitened(numbered(block(scan_noise[:, others], [NOISE]), block(lines[:, others])))
     scan_noise[:, 2] = 0
-    samples, scan = whitened(numbered(block(scan_noise, [NOISE]), block(correlated((1, COILS, 32), 1))))
-    assert np.all(samples[:, 2] == 0)
-    assert np.isfinite(samples).all()
-    assert np.abs(samples[:, [0, 1, 3]]).min() > 0
-    assert "1 of 4 channels have no noise" in scan.notes[0]
+    samples, scan = whitened(numbered(block(scan_noise, [NOISE]), block(lines)))
+    np.testing.assert_allclose(samples, expected, rtol=1e-5)
+    assert scan.notes == ["1 of 4 channels have no noise and are left out"]
+
+
+@pytest.mark.parametrize("scale", [1, 1e-5])
+@pytest.mark.parametrize(
+    ("combination", "place"), [([1, 0, 0, 0], 4), ([0.5, 0.5, 0.5, 0.5], 4), ([0, 1j, -2, 0], 0)]
+)
+def test_channels_that_are_combinations_of_others_add_nothing(combination, place, scale):
+    """Otherwise what rounding leaves of them is blown up to unit noise."""
+
+    def with_one_more(samples):
+        more = scale * np.einsum("c,ncx->nx", combination, samples)
+        return np.insert(samples, place, more, axis=1).astype(np.complex64)
+
+    scan_noise, lines = correlated((16, COILS, 64), 0), correlated((4, COILS, 32), 1)
+    expected, _ = whitened(numbered(block(scan_noise, [NOISE]), block(lines)))
+    samples, scan = whitened(numbered(block(with_one_more(scan_noise), [NOISE]), block(with_one_more(lines))))
+    assert samples.shape == expected.shape
+    # however the channels are mixed, products between samples of all of them are the same
+    np.testing.assert_allclose(
+        np.einsum("ncx,mcx->nmx", samples, samples.conj()),
+        np.einsum("ncx,mcx->nmx", expected, expected.conj()),
+        atol=2e-4,
+    )
+    assert len(scan.notes) == 1
+    assert "(of 0 to 4) is a combination of that of other channels: it is left out" in scan.notes[0]
+    if place == 4:
+        assert "channel 4 " in scan.notes[0]
+
+
+def test_strongly_correlated_channels_are_kept():
+    scan_noise = noise((64, COILS, 256))
+    scan_noise[:, 3] = scan_noise[:, 0] + 0.01 * scan_noise[:, 3]
+    samples, scan = whitened(numbered(block(scan_noise, [NOISE]), block(scan_noise)))
+    assert samples.shape[1] == COILS
+    assert np.mean(np.abs(samples) ** 2, axis=(0, 2)) == pytest.approx([1] * COILS, rel=1e-3)
+    assert scan.notes == []
+
+
+def test_fewer_noise_samples_than_channels_leave_none_out():
+    samples, scan = whitened(
+        numbered(block(correlated((1, COILS, 2), 0), [NOISE]), block(correlated((1, COILS, 32), 1)))
+    )
+    assert samples.shape[1] == COILS
+    assert "2 samples for 4 channels" in scan.notes[0]
 
 
 def test_bad_noise_is_named():
