@@ -13,31 +13,18 @@ from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from quantitron.gadgets.acquisition_block import AcquisitionBlock, blocks_of
-from quantitron.gadgets.acquisition_kind import NOISE, REVERSE, flagged, of_scan, runs
+from quantitron.gadgets.acquisition_kind import NOISE, flagged, is_image, of_scan, runs
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget
-from quantitron.gadgets.header import encoded_readout, phase_encoding
+from quantitron.gadgets.header import phase_encoding
 from quantitron.gadgets.noise_whitening import whitening_matrix
-from quantitron.gadgets.single_thread import single_thread
+from quantitron.gadgets.readout_transform import ReadoutTransform, mix
 from quantitron.recon.data import Encoding
 
 logger = logging.getLogger("quantitron")
-
-
-def _tensor(array: NDArray[np.complex64]) -> torch.Tensor:
-    """The array's memory as a tensor; torch cannot hold read-only memory."""
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
-
-
-def _mix(matrix: NDArray[np.complex64], data: NDArray[np.complex64]) -> NDArray[np.complex64]:
-    """Mix channels: (k, c) times (n, c, x)."""
-    with single_thread():
-        mixed: NDArray[np.complex64] = torch.matmul(torch.from_numpy(matrix), _tensor(data)).numpy()
-    return mixed
 
 
 # ------------------------------------------------------------------------------------------ noise adjustment
@@ -167,6 +154,10 @@ class RemoveOversampling(Gadget):
     round first and ``center_sample`` then counts as for a forward line; writers that count it from the other
     end are recognised by the centre of the forward lines. Readouts on another trajectory stay as they are,
     but for the samples to discard, which go with their positions.
+
+    Where the first line of the images is centred, whole, and as long as the delivered readout, an earlier
+    step has cropped the scan already (Gadgetron's own leaves the header as it was): lines are transformed
+    only, which is noted.
     """
 
     name: ClassVar[str] = "remove_oversampling"
@@ -175,17 +166,27 @@ class RemoveOversampling(Gadget):
         """Transform blocks.
 
         Raises:
-            ScanError: if a line has far more samples than the encoded matrix, or none.
+            ScanError: if a line has far more samples than the encoded matrix, or none, or if only some lines
+                of the images are cropped already.
         """
         if context.encoding.trajectory != "cartesian":
             for block in blocks_of(items):
                 for run in runs(block, of_scan(block, context)):
                     yield from _without_discarded(run)
             return
-        readout = _Readout(encoded_readout(context.header), context.encoding.matrix[2], context)
+        waiting: list[AcquisitionBlock] = []
+        readout: ReadoutTransform | None = None
         for block in blocks_of(items):
             for run in runs(block, of_scan(block, context)):
-                yield readout.transform(run)
+                waiting.append(run)
+                # The first line of the images decides; lines for calibration may have a length of their own.
+                if readout is None and (imaging := is_image(run)).any():
+                    readout = ReadoutTransform.of_scan(run, int(imaging.argmax()), context)
+                if readout is not None:
+                    yield from map(readout.transform, waiting)
+                    waiting = []
+        if waiting:
+            yield from map(ReadoutTransform.of_encoded(context).transform, waiting)
 
 
 def _without_discarded(block: AcquisitionBlock) -> Iterator[AcquisitionBlock]:
@@ -214,129 +215,11 @@ def _without_discarded(block: AcquisitionBlock) -> Iterator[AcquisitionBlock]:
             head["center_sample"] = np.maximum(head["center_sample"].astype(np.int64) - pre, 0)
             head["discard_pre"] = head["discard_post"] = 0
         if block.mixing is not None:
-            data = _mix(block.mixing, np.ascontiguousarray(data))
+            data = mix(block.mixing, np.ascontiguousarray(data))
         trajectory = block.trajectory[start:end, kept]
         yield replace(
             block, head=head, data=data, trajectory=trajectory, first=block.first + start, mixing=None
         )
-
-
-class _Readout:
-    """Placement and transform of the lines of one scan."""
-
-    def __init__(self, encoded: int, kept: int, context: Context) -> None:
-        self._encoded = encoded
-        self._kept = kept
-        self._context = context
-        self._forward_centre: int | None = None
-        self._work = torch.empty(0, dtype=torch.complex64)
-        self._image = torch.empty(0, dtype=torch.complex64)
-
-    def transform(self, block: AcquisitionBlock) -> AcquisitionBlock:
-        """(n, c, sample) to (n, c, x)."""
-        n, c, _ = block.data.shape
-        shape = (n, c, self._encoded)
-        if self._work.shape != shape:
-            self._work = torch.empty(shape, dtype=torch.complex64)
-            self._image = torch.empty(shape, dtype=torch.complex64)
-        self._place(block, self._work.numpy())
-        with single_thread():
-            torch.fft.ifft(self._work, norm="ortho", out=self._image)
-        image = self._image.numpy()
-        # The transform's zero position comes first; the delivered voxel kept/2 is that one.
-        half = self._kept // 2
-        data = np.empty((n, c, self._kept), dtype=np.complex64)
-        data[..., :half] = image[..., self._encoded - half :]
-        data[..., half:] = image[..., : self._kept - half]
-        if block.mixing is not None:
-            data = _mix(block.mixing, data)
-        return replace(block, data=data, mixing=None, hybrid=True)
-
-    def _place(self, block: AcquisitionBlock, work: NDArray[np.complex64]) -> None:
-        """Write samples where the transform wants them: k = 0 first, negative k from the end."""
-        samples = block.data.shape[2]
-        if samples == 0 or samples > 1.25 * self._encoded:
-            raise ScanError(
-                f"acquisition {block.first} has {samples} samples, but the header's encoded matrix has "
-                f"{self._encoded} along the readout"
-            )
-        reverse = flagged(block, REVERSE)
-        layout = np.stack(
-            [
-                block.head["discard_pre"].astype(np.int64),
-                block.head["discard_post"].astype(np.int64),
-                self._centres(block, reverse),
-                reverse.astype(np.int64),
-            ],
-            axis=1,
-        )
-        if (layout == layout[0]).all():
-            self._place_alike(block.data, layout[0], work, block.first)
-            return
-        kinds, kind = np.unique(layout, axis=0, return_inverse=True)
-        kind = kind.reshape(-1)
-        for number, one in enumerate(kinds):
-            rows = kind == number
-            part = np.empty((int(rows.sum()), *work.shape[1:]), dtype=np.complex64)
-            self._place_alike(block.data[rows], one, part, block.first + int(rows.argmax()))
-            work[rows] = part
-
-    def _centres(self, block: AcquisitionBlock, reverse: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """(n,) sample at k = 0, after reversed lines are turned round."""
-        samples = block.data.shape[2]
-        centre = block.head["center_sample"].astype(np.int64)
-        centre = np.where(centre >= samples, samples // 2, centre)
-        start = self._encoded // 2 - centre
-        lost = np.maximum(-start, 0) + np.maximum(start + samples - self._encoded, 0)
-        wrong = (lost > samples // 4) & (samples <= self._encoded)
-        if wrong.any():
-            self._context.note(
-                f"center_sample {int(centre[wrong.argmax()])} would leave much of a readout of {samples} "
-                "samples outside the encoded matrix; the echo is taken as centred"
-            )
-            centre = np.where(wrong, samples // 2, centre)
-        forward = np.flatnonzero(~reverse)
-        known_from = 0
-        if self._forward_centre is None:
-            known_from = int(forward[0]) if len(forward) else len(block)
-            if len(forward):
-                self._forward_centre = int(centre[forward[0]])
-        if self._forward_centre is not None and reverse.any():
-            mirrored = (samples - 1 - centre == self._forward_centre) | (
-                samples - centre == self._forward_centre
-            )
-            from_the_end = reverse & mirrored & (np.arange(len(block)) >= known_from)
-            centre = np.where(from_the_end, self._forward_centre, centre)
-        return centre
-
-    def _place_alike(
-        self, data: NDArray[np.complex64], layout: NDArray[np.int64], work: NDArray[np.complex64], number: int
-    ) -> None:
-        """Place lines of one layout (discard_pre, discard_post, centre, reverse) in ``work`` (n, c, grid)."""
-        samples = data.shape[2]
-        pre, post, centre, reverse = (int(value) for value in layout)
-        if reverse:
-            data, pre, post = data[..., ::-1], post, pre
-        first = max(pre - centre, -(self._encoded // 2))  # k of the first sample that is kept
-        last = min(samples - post - centre, (self._encoded + 1) // 2)  # and one past the last
-        if last <= first:
-            raise ScanError(
-                f"acquisition {number} keeps none of its {samples} samples (discard_pre {pre}, "
-                f"discard_post {post})"
-            )
-        if last - first < self._encoded:
-            self._context.note(
-                f"readouts cover {last - first} of {self._encoded} encoded samples; the others are zero"
-            )
-            work[...] = 0
-        split = min(max(first, 0), last)
-        if first < 0:
-            negative = min(last, 0)
-            work[..., self._encoded + first : self._encoded + negative] = data[
-                ..., first + centre : negative + centre
-            ]
-        if last > 0:
-            work[..., split:last] = data[..., split + centre : last + centre]
 
 
 # ------------------------------------------------------------------------------------------ coil compression
@@ -440,7 +323,7 @@ class CompressCoils(Gadget):
 
     def _compress(self, block: AcquisitionBlock, matrix: NDArray[np.complex64]) -> AcquisitionBlock:
         self._check(block, matrix.shape[1])
-        return replace(block, data=_mix(matrix, block.data))
+        return replace(block, data=mix(matrix, block.data))
 
 
 def _through_centre(block: AcquisitionBlock, encoding: Encoding) -> NDArray[np.bool_]:

@@ -14,6 +14,7 @@ from quantitron.gadgets.prepare import CompressCoils, NoiseAdjust, RemoveOversam
 
 NOISE = ismrmrd.ACQ_IS_NOISE_MEASUREMENT
 REVERSE = ismrmrd.ACQ_IS_REVERSE
+CALIBRATION = ismrmrd.ACQ_IS_PARALLEL_CALIBRATION
 COILS = 4
 
 
@@ -300,6 +301,61 @@ def test_not_a_number_stays_in_its_own_line():
     result, _ = readout([block(data)])
     np.testing.assert_array_equal(result[[0, 2]], expected[[0, 2]])
     assert np.isnan(result[1]).any()
+
+
+def cropped_before(data):
+    """What Gadgetron's removal of a twofold oversampling leaves of samples (n, c, sample)."""
+    n = data.shape[-1]
+    image = data @ np.linalg.inv(spectrum(np.eye(n)))
+    return spectrum(image[..., n // 4 : n // 4 + n // 2])
+
+
+@pytest.mark.parametrize("centre", [8, 16])
+def test_readouts_that_were_cropped_before_are_only_transformed(centre):
+    full = noise((6, 1, 32))
+    expected, _ = readout([block(full)])
+    lines = block(cropped_before(full), center_sample=centre)
+    result, scan = readout([lines])
+    np.testing.assert_allclose(result, expected, atol=2e-6)
+    assert scan.notes == [
+        "readouts have the 16 samples that are left of the header's 32 without oversampling: taken as "
+        "cropped already"
+    ]
+
+
+def test_reversed_readouts_and_calibration_lines_may_be_cropped_too():
+    full = noise((6, 1, 32))
+    expected, _ = readout([block(full)])
+    data = cropped_before(full)
+    calibration = block(data[:2], [CALIBRATION])
+    lines = joined(calibration, block(data[2:4]), block(data[4:, :, ::-1], [REVERSE], center_sample=7))
+    result, _ = readout([lines])
+    np.testing.assert_allclose(result, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"center_sample": 4}, {"center_sample": 0}, {"discard_pre": 2}, {"discard_post": 1}]
+)
+def test_short_readouts_that_are_not_whole_are_partial_ones(fields):
+    data = noise((2, 1, 16))
+    _, scan = readout([block(data, **fields)])
+    assert [note[:14] for note in scan.notes] == ["readouts cover"]
+
+
+def test_short_lines_for_calibration_do_not_tell_that_the_scan_was_cropped():
+    short, full = noise((2, 1, 16)), noise((3, 1, 32))
+    padded = np.pad(short, ((0, 0), (0, 0), (8, 8)))
+    expected, _ = readout([block(padded), block(full, first=2)])
+    result, _ = readout([block(short, [CALIBRATION]), block(full, first=2)])
+    np.testing.assert_allclose(result, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("samples", "flags"), [(32, []), (12, []), (32, [CALIBRATION])])
+def test_lines_that_were_not_cropped_as_the_first_are_named(samples, flags):
+    with pytest.raises(
+        ScanError, match=f"acquisition 2 has {samples} samples that are not those of a readout"
+    ):
+        readout([block(noise((2, 1, 16))), block(noise((1, 1, samples)), flags, first=2)])
 
 
 def test_spirals_are_left_alone():
