@@ -34,7 +34,7 @@ def whitening_matrix(
         (k, c) with k channels of noise of their own, or None where no channel has noise.
     """
     channels, samples = noise.shape
-    covariance = noise @ noise.conj().T / samples  # E[n n^H]
+    covariance = noise @ noise.conj().T / max(samples, 1)  # E[n n^H]
     variance = covariance.diagonal().real
     kept = variance > DEAD * variance.max()
     if not kept.any():

@@ -88,14 +88,14 @@ class NoiseAdjust(Gadget):
                     f"noise acquisition {block.first} has {block.data.shape[1]} channels, the ones before "
                     f"have {channels}"
                 )
-            finite = np.isfinite(block.data).all(axis=(1, 2))
+            finite = (np.isfinite(block.data).all(axis=1) | ~_kept(block)).all(axis=1)
             if not finite.all():
                 raise ScanError(
                     f"noise acquisition {block.first + int(finite.argmin())} has samples that are not finite "
                     "numbers"
                 )
         samples = np.concatenate(
-            [block.data.transpose(1, 0, 2).reshape(channels, -1) for block in noise], axis=1
+            [block.data.transpose(1, 0, 2)[:, _kept(block)] for block in noise], axis=1
         ).astype(np.complex128)  # (c, noise sample)
         matrix = whitening_matrix(samples, context.note)
         if matrix is None:
@@ -108,6 +108,16 @@ class NoiseAdjust(Gadget):
             context.note("the noise lines have no sampling time: taken as that of the imaging lines")
         context.noise_known = True
         return _Whitening(matrix, dwell, ratio)
+
+
+def _kept(block: AcquisitionBlock) -> NDArray[np.bool_]:
+    """(n, sample) samples that ``discard_pre`` and ``discard_post`` leave."""
+    samples = block.data.shape[2]
+    sample = np.arange(samples)
+    first = block.head["discard_pre"].astype(np.int64)[:, np.newaxis]
+    last = samples - block.head["discard_post"].astype(np.int64)[:, np.newaxis]
+    kept: NDArray[np.bool_] = (sample >= first) & (sample < last)
+    return kept
 
 
 @dataclass(frozen=True)

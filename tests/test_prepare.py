@@ -152,6 +152,24 @@ def test_fewer_noise_samples_than_channels_leave_none_out():
     assert "2 samples for 4 channels" in scan.notes[0]
 
 
+@pytest.mark.parametrize("garbage", [1e3, np.nan])
+def test_discarded_samples_of_noise_lines_do_not_count(garbage):
+    """Filters that settle at the start of a readout leave them."""
+    scan_noise, lines = correlated((16, COILS, 64), 0), block(correlated((1, COILS, 32), 1))
+    expected, _ = whitened(numbered(block(scan_noise, [NOISE]), lines))
+    spoiled = np.pad(scan_noise, ((0, 0), (0, 0), (6, 2)), constant_values=garbage)
+    samples, scan = whitened(numbered(block(spoiled, [NOISE], discard_pre=6, discard_post=2), lines))
+    np.testing.assert_allclose(samples, expected, rtol=1e-5)
+    assert scan.notes == []
+
+
+def test_noise_lines_of_discarded_samples_alone_hold_no_noise():
+    silence = block(correlated((2, COILS, 64), 0), [NOISE], discard_pre=64)
+    _, scan = whitened(numbered(silence, block(correlated((1, COILS, 32), 1))))
+    assert not scan.noise_known
+    assert "the noise lines hold no noise" in scan.notes[0]
+
+
 def test_bad_noise_is_named():
     bad = correlated((4, COILS, 32), 0)
     bad[3, 1, 5] = np.nan
