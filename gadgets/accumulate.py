@@ -74,7 +74,12 @@ class Accumulate(Gadget):
                     _add(scan, block, chosen)
         if scan is None:
             raise ScanError("the scan ended without a single imaging line")
-        yield scan.finish()
+        result = scan.finish()
+        if context.unused_navigators:
+            count = context.unused_navigators
+            lines = "1 navigator line was" if count == 1 else f"{count} navigator lines were"
+            context.note(f"{lines} left out: nothing in this reconstruction uses them")
+        yield result
 
 
 def _add(scan: _CartesianScan | TrajectoryScan, block: AcquisitionBlock, chosen: NDArray[np.bool_]) -> None:

@@ -49,12 +49,18 @@ def is_image(block: AcquisitionBlock) -> NDArray[np.bool_]:
 
 
 def of_scan(block: AcquisitionBlock, context: Context) -> NDArray[np.bool_]:
-    """(n,) imaging, calibration and navigator lines of the first encoding space.
+    """(n,) imaging and calibration lines of the first encoding space, and navigators where they are needed.
 
-    Lines of other encoding spaces (separate reference scans) have grids of their own; leaving them out is
-    noted.
+    Navigators may have any shape and content, which is of no concern where nothing uses them: they are left
+    out and counted in the context. Lines of other encoding spaces (separate reference scans) have grids of
+    their own; leaving them out is noted.
     """
     used = ~flagged(block, UNUSED | NOISE)
+    if not context.needs_navigators:
+        navigator = used & flagged(block, NAVIGATOR)
+        if navigator.any():
+            context.unused_navigators += int(np.count_nonzero(navigator))
+        used &= ~navigator
     elsewhere = used & (block.head["encoding_space_ref"] != 0)
     if elsewhere.any():
         context.note("lines of other encoding spaces than the first are not used")

@@ -69,13 +69,15 @@ class BasisGadget(Gadget):
         return int(self.rank) if self.rank >= 1 else float(self.rank)
 
     def prepare(self, context: Context) -> None:
-        """Check the settings, and set ``context.basis`` of a Cartesian scan whose protocol determines it.
+        """Check the settings, set ``context.basis`` of a Cartesian scan whose protocol determines it, and ask
+        for navigators where it comes from them.
 
         Raises:
             ScanError: if the rank is neither a number of columns nor an energy, or above the number of
                 contrasts, or settings do not fit the sequence or each other.
         """
         sequence = context.protocol.sequence
+        context.needs_navigators = self.source == "navigator" and context.encoding.trajectory == "cartesian"
         rank = self.columns_or_energy(sequence)
         if self.rank is not None and self.rank >= 1 and self.rank != rank:
             raise ScanError(

@@ -56,6 +56,10 @@ class Context:
     """Set before data flow by reconstruct where its solver asks for one."""
     needs_lines: bool = False
     """Set before data flow by the reconstruct gadget where its solver wants the sampled lines too."""
+    needs_navigators: bool = False
+    """Set before data flow by the basis gadget where the basis comes from navigator lines."""
+    unused_navigators: int = 0
+    """Navigator lines that came without being needed; counted by whichever gadget drops them."""
     noise_known: bool = False
     """Whether the samples were whitened with a noise scan; set by noise_adjust at the first imaging line."""
     geometry: dict[int, NDArray[np.void]] = field(default_factory=dict)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantitron.gadgets.acquisition_block import AcquisitionBlock
-from quantitron.gadgets.acquisition_kind import CALIBRATION, NAVIGATOR, flagged, is_image
+from quantitron.gadgets.acquisition_kind import CALIBRATION, flagged, is_image
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context
 from quantitron.gadgets.header import counter_length, counter_limit, phase_encoding
@@ -85,15 +85,12 @@ class TrajectoryScan:
         """
         if block.mixing is not None or (block.head["discard_pre"] | block.head["discard_post"])[chosen].any():
             raise ScanError("the pipeline needs the gadget remove_oversampling before accumulate")
-        navigator = chosen & flagged(block, NAVIGATOR)
         later = chosen & self._later_echoes(block)
-        if navigator.any():
-            self._context.note("navigator readouts are not used in scans on a trajectory")
         if later.any():
             self._context.note(
                 "readouts of later echoes (counter 'contrast') are not used: a fingerprint has one"
             )
-        chosen = chosen & ~navigator & ~later
+        chosen = chosen & ~later
         if not chosen.any():
             return
         numbers = block.first + np.flatnonzero(chosen)

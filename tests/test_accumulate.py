@@ -304,6 +304,7 @@ def test_navigators_are_kept_apart():
     lines = full_scan(vfa(), encoding(), NX)
     navigators = block(noise((6, 2, NX), 9), [NAVIGATOR], contrast=np.arange(6) % 2, set=np.arange(6) // 2)
     scan = scan_of(vfa())
+    scan.needs_navigators = True
     result = accumulate(numbered(navigators, lines), scan)
     np.testing.assert_array_equal(result.navigator.samples.numpy(), navigators.data)
     assert result.navigator.contrast.tolist() == [0, 0, 1, 1, 2, 2]
@@ -318,6 +319,7 @@ def test_navigators_elsewhere_are_not_used():
         noise((4, 2, NX), 9), [NAVIGATOR], kspace_encode_step_1=[2, 2, 5, 2], contrast=[0, 1, 0, 7]
     )
     scan = scan_of(megre())
+    scan.needs_navigators = True
     assert len(accumulate(numbered(navigators, lines), scan).navigator.echo) == 2
     assert any("navigator lines of other positions" in note for note in scan.notes)
 
