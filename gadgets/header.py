@@ -29,6 +29,7 @@ from quantitron.gadgets.sequence import (
     preparation_parameters,
     trajectory_of,
 )
+from quantitron.gadgets.slice_space import one_slice
 from quantitron.recon.data import Encoding, Protocol
 
 LARGEST_MATRIX = 4096
@@ -209,6 +210,9 @@ def read_encoding(header: xsd.ismrmrdHeader, notes: list[str]) -> Encoding:
                 raise ScanError(f"the header's {where} matrix size along {axis} is {points}")
             if not (math.isfinite(extent) and extent > 0):
                 raise ScanError(f"the header's {where} field of view along {axis} is {extent} mm")
+    slices = counter_length(header, "slice") or 1
+    if trajectory == "cartesian":
+        spaces = one_slice(spaces, counter_limit(header, "kspace_encode_step_2"), slices, notes)
     encoded, recon = spaces["encodedSpace"], spaces["reconSpace"]
     oversampling = readout_oversampling(header) if trajectory == "cartesian" else 1.0
     points_x = round(encoded.matrixSize.x / oversampling)
@@ -234,7 +238,7 @@ def read_encoding(header: xsd.ismrmrdHeader, notes: list[str]) -> Encoding:
         matrix=matrix,
         field_of_view=(field[0] * 1e-3, field[1] * 1e-3, field[2] * 1e-3),
         delivered_matrix=(delivered[0], delivered[1], delivered[2]),
-        slices=counter_length(header, "slice") or 1,
+        slices=slices,
         coils=int(channels),
         trajectory=trajectory,
     )

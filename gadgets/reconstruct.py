@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -127,7 +127,7 @@ class Reconstruct(Gadget):
         """Reconstruct slice by slice; one that fails does not stop the others.
 
         Where there are several, it leaves the values of its preview, or none where there was none, and a
-        sentence says so.
+        sentence says so in the end, one for all slices that failed for the same reason.
 
         Args:
             items: as many problems as ``context.encoding`` then has slices.
@@ -145,7 +145,7 @@ class Reconstruct(Gadget):
         context.device = str(device)
         finished: list[Maps | None] = []
         reason = ""
-        with _device_to_ourselves(device):
+        with _device_to_ourselves(device), _failed_slices(context) as failed:
             while problem is not None:
                 number = len(finished)
                 final: Maps | None = None
@@ -164,23 +164,23 @@ class Reconstruct(Gadget):
                             preview = maps
                 except (ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
                     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    if not isinstance(error, ValueError):  # a mistake of this program: say where
+                    if not isinstance(error, ValueError) and reason not in failed.reasons:
+                        # A mistake of this program: say where, once.
                         logger.error("slice %d: %s", number, type(error).__name__, exc_info=error)
                     if final is not None:
-                        context.fail(f"slice {number} of {slices}: failed after its maps were made: {reason}")
+                        failed.add(number, "{}: failed after {its} maps were made", reason)
                     elif preview is not None:
                         final = replace(preview, preview=False)
-                        context.fail(f"slice {number} of {slices} holds the maps of its preview: {reason}")
+                        failed.add(number, "{} {holds} the maps of {its} preview", reason)
                     elif slices > 1:
-                        context.fail(f"slice {number} of {slices} was not reconstructed: {reason}")
+                        failed.add(number, "{} {was} not reconstructed", reason)
                 finished.append(None if final is None else _crop(final, problem.encoding))
                 problem = None  # before the next one is made
                 problem = next(problems, None)
         done = [maps for maps in finished if maps is not None]
         if not done:
-            raise ScanError(
-                f"solver '{self.solver}' gave no maps: {reason or 'there was no slice to reconstruct'}"
-            )
+            why = "" if len(finished) > 1 else f": {reason or 'there was no slice to reconstruct'}"
+            raise ScanError(f"solver '{self.solver}' gave no maps{why}")
         maps = Maps.stack([_without_values(done[0]) if maps is None else maps for maps in finished])
         if maps.failure:
             context.fail(maps.failure)
@@ -239,6 +239,57 @@ def _without_values(like: Maps) -> Maps:
         },
         magnitude=None if like.magnitude is None else torch.zeros_like(like.magnitude),
     )
+
+
+class _FailedSlices:
+    """What failed in which slices, and why."""
+
+    def __init__(self) -> None:
+        self.reasons: set[str] = set()
+        self._numbers: dict[tuple[str, str], list[int]] = {}
+
+    def add(self, number: int, what: str, reason: str) -> None:
+        """Note a slice.
+
+        Args:
+            number: of the slice.
+            what: the sentence up to its reason, with places for slices and words that go with their number.
+            reason: of it.
+        """
+        self.reasons.add(reason)
+        self._numbers.setdefault((what, reason), []).append(number)
+
+    def sentences(self, slices: int) -> list[str]:
+        """One for each reason, of ``slices`` slices in all."""
+        said = []
+        for (what, reason), numbers in self._numbers.items():
+            one = len(numbers) == 1
+            which = f"slice{'' if one else 's'} {_ranges(numbers)} of {slices}"
+            words = {"its": "its" if one else "their", "holds": "holds" if one else "hold"}
+            said.append(f"{what.format(which, was='was' if one else 'were', **words)}: {reason}")
+        return said
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers, runs of them by their ends: 0-2, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+@contextmanager
+def _failed_slices(context: Context) -> Iterator[_FailedSlices]:
+    """Slices that fail in the block; it ends with a sentence for each reason, whatever ends it."""
+    failed = _FailedSlices()
+    try:
+        yield failed
+    finally:
+        for sentence in failed.sentences(context.encoding.slices):
+            context.fail(sentence)
 
 
 class _progress_of:

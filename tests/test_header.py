@@ -368,6 +368,37 @@ def test_phase_oversampling_and_interpolation():
     assert [note for note in context.notes if "28 voxels along y where 14 were encoded" in note]
 
 
+@pytest.mark.parametrize(
+    ("points", "field", "delivered", "thickness"),
+    [
+        (3, 12.0, (3, 12.0), 4.0),  # the field of view of all slices
+        (3, 2.5, (3, 2.5), 2.5),  # that of one
+        (3, 2.5, (1, 2.5), 2.5),
+        (3, 12.0, (1, 4.0), 4.0),
+        (2, 8.0, (2, 8.0), 4.0),
+    ],
+)
+def test_slices_that_the_header_counts_as_partitions_are_slices(points, field, delivered, thickness):
+    header = make_header(encoding((1, 8, 16), slices=3), megre())
+    space = header.encoding[0]
+    space.encodedSpace.matrixSize.z, space.encodedSpace.fieldOfView_mm.z = points, field
+    space.reconSpace.matrixSize.z, space.reconSpace.fieldOfView_mm.z = delivered
+    context = make_context(header)
+    assert context.encoding.matrix == context.encoding.delivered_matrix == (1, 8, 16)
+    assert context.encoding.slices == 3
+    assert close(context.encoding.voxel_size[0], 1e-3 * thickness)
+    (note,) = context.notes
+    assert note.endswith(f"3 slices are counted: taken as 2D slices of {thickness:g} mm")
+
+
+@pytest.mark.parametrize(("slices", "last"), [(1, 0), (3, 1), (3, None)])
+def test_partitions_that_may_come_stay(slices, last):
+    header = make_header(encoding((3, 8, 16), slices=slices), megre())
+    limits = header.encoding[0].encodingLimits
+    limits.kspace_encoding_step_2 = None if last is None else xsd.limitType(minimum=0, maximum=last, center=0)
+    assert make_context(header).encoding.matrix == (3, 8, 16)
+
+
 def test_header_without_limits_or_optional_elements():
     text = """<?xml version="1.0"?><ismrmrdHeader xmlns="http://www.ismrm.org/ISMRMRD">
       <experimentalConditions><H1resonanceFrequency_Hz>123000000</H1resonanceFrequency_Hz></experimentalConditions>

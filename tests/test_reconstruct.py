@@ -109,6 +109,23 @@ def test_the_preview_of_a_failed_slice_is_kept_and_said_to_be_one():
     assert context.failures == ["slice 1 of 3 holds the maps of its preview: CUDA out of memory"]
 
 
+def test_a_reason_that_slices_share_is_said_once():
+    context = _context()
+    (maps,) = _run([-1.0, -1.0, -1.0, 1.0, LOST, -1.0, LOST], context)
+    assert maps.values["pd"][3].eq(1).all()
+    assert context.failures == [
+        "slices 0-2, 5 of 7 were not reconstructed: the energy is negative",
+        "slices 4, 6 of 7 hold the maps of their preview: CUDA out of memory",
+    ]
+
+
+def test_a_reason_that_all_slices_share_is_said_once():
+    context = _context()
+    with pytest.raises(ScanError, match=r"'numbered' gave no maps$"):
+        _run([-1.0] * 8, context)
+    assert context.failures == ["slices 0-7 of 8 were not reconstructed: the energy is negative"]
+
+
 def test_what_fails_after_the_maps_keeps_them_and_is_said():
     context = _context()
     *_, maps = _run([LATE], context)
