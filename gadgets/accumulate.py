@@ -50,7 +50,10 @@ class Accumulate(Gadget):
     axes: str = ""
     """Counters of the contrast axes, as in ``ti=segment,tau=set,te=contrast``; empty for the usual ones."""
     phase_sign: Literal[1, -1] = 1
-    """-1 where the raw data were stored conjugated."""
+    """-1 where the phase evolves with time the other way round: B0 maps then have their sign turned.
+
+    Images must be rightly oriented as they are. Data that were conjugated as a whole are mirrored images too,
+    which this does not undo."""
     storage: Literal["auto", "lines", "reduced"] = "auto"
     """``lines`` keeps the sampled lines, ``reduced`` only their Gram form, ``auto`` what the solver needs."""
     minimum_fraction: float = field(default=0.0, metadata={"minimum": 0, "maximum": 1})

@@ -79,7 +79,7 @@ def make_context(
         header: the scan's header.
         sequence: property of accumulate: a sequence name, or ``auto``.
         axes: property of accumulate, see ``contrast_axes``.
-        phase_sign: property of accumulate: -1 for readers that conjugate the data.
+        phase_sign: property of accumulate: -1 where the phase evolves with time the other way round.
         pipeline: name of the method, for provenance.
         settings_hash: hash of the resolved settings, for provenance.
         seed: of everything random.

@@ -93,7 +93,8 @@ class Protocol:
     field_strength: float | None = None
     """Main field [T]."""
     phase_sign: int = 1
-    """Sign of the echo phase: ``phase = phi0 + phase_sign 2 pi b0 TE``."""
+    """Sign of the echo phase: ``phase = phi0 + phase_sign 2 pi b0 TE``. It says nothing of where voxels lie:
+    data that were conjugated as a whole are mirrored images too."""
     rf_phase: tuple[float, ...] = ()
     """Phase [rad] of each pulse of ``fisp_mrf``, (w,), which the receiver follows; empty: all alike."""
 

@@ -44,7 +44,7 @@ def echo_signal(t2star: Tensor, b0: Tensor, echo_time: Tensor, phase_sign: int =
         t2star: T2* [s], shape (...).
         b0: off-resonance [Hz], shape (...).
         echo_time: TE [s], shape (e,).
-        phase_sign: +1, or -1 for data that were stored conjugated.
+        phase_sign: +1, or -1 where the phase evolves with time the other way round.
 
     Returns:
         complex, shape (..., e).
