@@ -22,6 +22,9 @@ ROUNDING = 1e-3
 """How far beyond its limit a k-space position may be, relative to the width of k-space."""
 HOLE = 1.0
 """Distance [cycles per field of view] of the samples nearest to the k-space centre that needs mention."""
+LEAST_REACH = 1 / 3
+"""Share of the way to the edge of k-space that a trajectory must reach along x or y. Images interpolated to
+twice the resolution of the scan have 1/2."""
 COLUMNS = "xyz"
 
 
@@ -336,7 +339,7 @@ class TrajectoryScan:
         matrix = self._context.encoding.matrix[::-1][: self._dimensions]
         column = int(self._largest.argmax())
         if self._largest[column] <= 0.5 + ROUNDING:
-            self._refuse_flat(matrix)
+            self._refuse_small(matrix)
             return False
         for axis, points in enumerate(matrix):
             if self._largest[axis] > points * (0.5 + ROUNDING):
@@ -354,15 +357,19 @@ class TrajectoryScan:
                     f"{self._largest[column]:.4g}, beyond 0.5 cycles per voxel, but "
                     f"{other if axis != column else 'that is '}too little for cycles per field of view"
                 )
-        self._refuse_flat(tuple(1 for _ in matrix))
+        self._refuse_small(tuple(1 for _ in matrix))
         self._context.note(
             f"the trajectory reaches {self._largest[column]:.4g}: taken as cycles per field of view and "
             "divided by the matrix"
         )
         return True
 
-    def _refuse_flat(self, voxels: tuple[int, ...]) -> None:
-        """Refuse a scan that stays within one cycle per field of view along an axis: no image comes of it.
+    def _refuse_small(self, voxels: tuple[int, ...]) -> None:
+        """Refuse a scan that covers too little of k-space.
+
+        Within one cycle per field of view along an axis, no image comes of it. Far from the edge of k-space
+        in both directions of the plane, another unit is meant: radians per voxel pass for cycles per field of
+        view, cycles per millimetre for both.
 
         Args:
             voxels: (x, y[, z]) over which the unit of the trajectory counts its cycles.
@@ -375,6 +382,20 @@ class TrajectoryScan:
                     f"k{COLUMNS[axis]} of all readouts stays within {reach:.4g} cycles per field of view: "
                     f"the trajectory tells nothing about the {points} voxels along {COLUMNS[axis]}"
                 )
+        plane = list(zip(self._largest, voxels, self._context.encoding.matrix[::-1], strict=False))[:2]
+        if all(reach * unit < LEAST_REACH * points / 2 for reach, unit, points in plane):
+            reaches, edges = (
+                " and ".join(f"{value:.4g}" for value in values)
+                for values in (
+                    [reach * unit for reach, unit, _ in plane],
+                    [points / 2 for _, _, points in plane],
+                )
+            )
+            raise ScanError(
+                f"the trajectory reaches {reaches} cycles per field of view along x and y, where the matrix "
+                f"asks for {edges}: it must be in cycles per voxel or per field of view, and the matrix that "
+                "of the scan's resolution"
+            )
 
 
 def _of(readouts: Readouts, chosen: NDArray[np.bool_]) -> Readouts:
