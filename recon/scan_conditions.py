@@ -27,6 +27,8 @@ class ScanConditions:
 
     coils: int
     """Channels that the reconstruction takes."""
+    calibrated: bool
+    """Whether coil maps come from calibration readouts, and not from the undersampled scan itself."""
     visited: float
     """Samples of all distinct readouts over voxels: what was played, not how often."""
     signal_to_noise: float
@@ -44,6 +46,7 @@ def conditions_card(conditions: Sequence[ScanConditions]) -> dict[str, object]:
     signals = [one.signal_to_noise for one in conditions]
     return {
         "coils": sorted({one.coils for one in conditions}),
+        "calibrated": sorted({one.calibrated for one in conditions}),
         "visited": sorted({round(one.visited, 4) for one in conditions}),
         "signal_to_noise": [round(min(signals), 2), round(max(signals), 2)],
         "solver": {name: _plain(value) for name, value in conditions[0].solver.items()},
@@ -66,6 +69,10 @@ def differences(card: object, scan: ScanConditions) -> list[str]:
     coils = _numbers(card.get("coils"))
     if scan.coils not in coils:
         found.append(f"{_spoken(coils)} coils, here {scan.coils}")
+    calibrated = card.get("calibrated")
+    if scan.calibrated not in (calibrated if isinstance(calibrated, list) else ()):
+        here = "with" if scan.calibrated else "without"
+        found.append(f"{_calibration(calibrated)} calibration readouts, here {here}")
     visited = _numbers(card.get("visited"))
     if not _within(scan.visited, visited, VISITED_FACTOR):
         found.append(f"{_spoken(visited)} samples of distinct readouts a voxel, here {scan.visited:.3g}")
@@ -100,6 +107,12 @@ def _numbers(value: object) -> list[float]:
     if not isinstance(value, list | tuple):
         return []
     return [number for number in value if isinstance(number, int | float)]
+
+
+def _calibration(trained: object) -> str:
+    """With or without, of a card's list."""
+    known = [value for value in trained if isinstance(value, bool)] if isinstance(trained, list) else []
+    return " and ".join("with" if value else "without" for value in known) or "unknown"
 
 
 def _plain(value: object) -> object:

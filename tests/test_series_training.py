@@ -591,13 +591,14 @@ def test_a_number_of_levels_is_whole(phantom, tmp_path, levels):
 
 # ---- scans that the network was not trained on
 
-CONDITIONS = ScanConditions(8, 0.125, 20.0, {"tolerance": 3.0, "t1_range": (0.4, 4.5)})
+CONDITIONS = ScanConditions(8, True, 0.125, 20.0, {"tolerance": 3.0, "t1_range": (0.4, 4.5)})
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"coils": 4}, "8 coils, here 4"),
+        ({"calibrated": False}, "with calibration readouts, here without"),
         ({"visited": 1.0}, "0.125 samples of distinct readouts a voxel, here 1"),
         ({"signal_to_noise": 60.0}, "a signal of 10..20 times the noise, here 60"),
         ({"solver": {"tolerance": 6.0}}, "tolerance 3.0, here 6.0"),
@@ -611,7 +612,7 @@ def test_other_scans_than_those_of_the_training_are_told_with_both_values(change
     assert differences(card, replace(CONDITIONS, **change)) == [sentence]
 
 
-@pytest.mark.parametrize("card", [None, [], {}, {"coils": "8", "visited": {}, "solver": 3}])
+@pytest.mark.parametrize("card", [None, [], {}, {"coils": "8", "calibrated": 1, "visited": {}, "solver": 3}])
 def test_a_card_that_tells_nothing_is_said(card):
     assert differences(card, CONDITIONS)
 

@@ -135,7 +135,9 @@ def train_artifact_removal(
     energy = artifact_energy(learned)
     solver = ArtifactRemoval().estimate_settings
     conditions = [
-        ScanConditions(scan.coils, scan.visited, series_intensity(pair.reconstructed), solver)
+        ScanConditions(
+            scan.coils, scan.calibration, scan.visited, series_intensity(pair.reconstructed), solver
+        )
         for number in parting.of(parting.learned)
         for scan, pair in zip(training.slices.scans, pairs[number], strict=True)
     ]

@@ -104,6 +104,7 @@ class ArtifactRemoval(FingerprintSolver):
         series = canonical_series(images, axes.axes, estimate.voxel_size).images(images)
         conditions = ScanConditions(
             coils=problem.kspace.samples.shape[0],
+            calibrated=problem.calibration is not None and problem.calibration.samples.numel() > 0,
             visited=visited_share(problem.kspace),
             signal_to_noise=series_intensity(series) / estimate.noise**0.5,
             solver=self.estimate_settings,
