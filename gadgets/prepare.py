@@ -94,8 +94,11 @@ class NoiseAdjust(Gadget):
                     f"noise acquisition {block.first + int(finite.argmin())} has samples that are not finite "
                     "numbers"
                 )
+        dwells = np.concatenate([block.head["sample_time_us"] for block in noise])
+        dwell = float(dwells[dwells > 0][0]) if (dwells > 0).any() else 0.0
         samples = np.concatenate(
-            [block.data.transpose(1, 0, 2)[:, _kept(block)] for block in noise], axis=1
+            [(block.data * _to_dwell(block, dwell)).transpose(1, 0, 2)[:, _kept(block)] for block in noise],
+            axis=1,
         ).astype(np.complex128)  # (c, noise sample)
         matrix = whitening_matrix(samples, context.note)
         if matrix is None:
@@ -103,7 +106,6 @@ class NoiseAdjust(Gadget):
         system = context.header.acquisitionSystemInformation
         given = system.relativeReceiverNoiseBandwidth if system is not None else None
         ratio = float(given) if given and given > 0 else self.receiver_bandwidth_ratio
-        dwell = float(noise[0].head["sample_time_us"][0])
         if not dwell > 0:
             context.note("the noise lines have no sampling time: taken as that of the imaging lines")
         context.noise_known = True
@@ -118,6 +120,13 @@ def _kept(block: AcquisitionBlock) -> NDArray[np.bool_]:
     last = samples - block.head["discard_post"].astype(np.int64)[:, np.newaxis]
     kept: NDArray[np.bool_] = (sample >= first) & (sample < last)
     return kept
+
+
+def _to_dwell(block: AcquisitionBlock, dwell: float) -> NDArray[np.float32]:
+    """(n, 1, 1) factors that bring noise of any sampling time to ``dwell`` [us]: variance is 1 / time."""
+    given = block.head["sample_time_us"]
+    factor = np.where(given > 0, np.sqrt(given / dwell), 1.0) if dwell > 0 else np.ones(len(block))
+    return factor.astype(np.float32)[:, np.newaxis, np.newaxis]
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,15 @@ def test_sampling_time_may_differ_between_lines():
     np.testing.assert_allclose(mixed, plain * np.array([1, 2, 1])[:, None, None], rtol=1e-5)
 
 
+def test_noise_lines_of_several_sampling_times_count_alike():
+    noise, lines = correlated((16, COILS, 256), 0), block(correlated((2, COILS, 32), 1))
+    plain, _ = whitened(numbered(block(noise, [NOISE], sample_time_us=5), lines))
+    longer = np.where(np.arange(16) % 3 == 0, 20, 5).astype(np.float32)
+    averaged = (noise * np.sqrt(5 / longer)[:, None, None]).astype(np.complex64)  # as a longer sample is
+    mixed, _ = whitened(numbered(block(averaged, [NOISE], sample_time_us=longer), lines))
+    np.testing.assert_allclose(mixed, plain, rtol=1e-5)
+
+
 def test_noise_may_be_interleaved_before_the_first_line_only():
     scan_noise = correlated((8, COILS, 32), 0)
     lines = block(correlated((4, COILS, 32), 1))
