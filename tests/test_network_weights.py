@@ -594,9 +594,10 @@ def _context(slices: int = 1) -> Context:
 def _images(context: Context, slices: int = 1, **settings):
     gadget = Reconstruct.build({"solver": "restoring", "device": "cpu", **settings}, "test")
     gadget.prepare(context)
-    empty = torch.zeros(1)
+    count, gram = torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1, 1, 1)
     basis = Basis(torch.ones(1, 1), torch.ones(1), 1.0, "dictionary")
-    problem = Problem(ENCODING, PROTOCOL, ReducedKSpace(empty, empty, empty, 1.0, 1, basis))
+    reduced = ReducedKSpace(gram, 10 * torch.ones(1, 1, 1, 1, 1, 1, 1), count, 1.0, 1, basis)
+    problem = Problem(ENCODING, PROTOCOL, reduced)
     return list(Images()(gadget(iter([problem] * slices), context), context))
 
 
