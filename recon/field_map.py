@@ -6,12 +6,18 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from skimage.restoration import unwrap_phase
 from torch import Tensor
 
 from quantitron.recon.data import Protocol
 from quantitron.recon.signal.spoiled_gre import echo_signal
+
+FloatArray = NDArray[np.floating]
+
+_LEAST_TRIALS, _TRIALS_PER_MAXIMUM = 64, 8
+"""Trial values over one turn, and over the width of a maximum; between them a parabola finds it."""
 
 
 def field_map(
@@ -20,7 +26,6 @@ def field_map(
     mask: Tensor,
     smoothing: float = 1.0,
     t2star: float = 0.045,
-    grid_points: int = 64,
 ) -> Tensor:
     """Off-resonance that lines up the echoes best, with whole turns resolved over space.
 
@@ -33,7 +38,6 @@ def field_map(
         mask: (z, y, x) bool, where there is signal; the unwrapping keeps to it.
         smoothing: standard deviation [voxels] of the neighbourhood.
         t2star: [s] decay of the matched filter; the maximum hardly depends on it.
-        grid_points: trial values over the interval; the maximum is refined between them by a parabola.
 
     Returns:
         b0 (z, y, x) [Hz], zero where the mask holds nothing.
@@ -44,22 +48,34 @@ def field_map(
     time = torch.tensor(protocol.echo_time, dtype=torch.float64)
     spacing = float(time.diff().min())
     interval = 1 / spacing  # [Hz], one turn
-    trial = (torch.arange(grid_points) - grid_points // 2) * (interval / grid_points)
-    filters = echo_signal(torch.full((grid_points,), t2star), trial, time.float(), protocol.phase_sign)
-    power = torch.stack(
-        [torch.einsum("e,elzyx->lzyx", row.conj(), echo_images).abs().square().sum(0) for row in filters]
-    ).numpy()  # (trial, z, y, x)
-    sigma = [min(smoothing, 0.3 * n) if n > 1 else 0 for n in power.shape[1:]]
-    power = np.stack([gaussian_filter(plane, sigma, mode="nearest") for plane in power])
-    best = power.argmax(0)
+    # A maximum is as wide as one over the time from the first echo to the last. Uneven echoes have several
+    # within a turn, and a grid too coarse for them takes the wrong one.
+    count = max(_LEAST_TRIALS, math.ceil(_TRIALS_PER_MAXIMUM * float(time[-1] - time[0]) / spacing))
+    step = interval / count
+    trial = (torch.arange(count) - count // 2) * step
+    decay = torch.full((count,), t2star)
+    filters = echo_signal(decay, trial, time.float(), protocol.phase_sign)  # (trial, e)
+    sigma = [min(smoothing, 0.3 * n) if n > 1 else 0 for n in echo_images.shape[2:]]
 
-    def at(offset: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-        return np.take_along_axis(power, ((best + offset) % grid_points)[None], 0)[0]  # type: ignore[no-any-return]
+    def power(number: int) -> FloatArray:
+        row = filters[number % count]
+        plane = torch.einsum("e,elzyx->lzyx", row.conj(), echo_images).abs().square().sum(0)
+        return np.asarray(gaussian_filter(plane.numpy(), sigma, mode="nearest"))
 
-    left, centre, right = at(-1), at(0), at(1)
+    # Plane after plane: all at once they would be the largest arrays of a reconstruction.
+    before, here, after = power(-1), power(0), power(1)
+    best = np.zeros(here.shape, dtype=np.int64)
+    left, centre, right = before, here, after
+    for number in range(1, count):
+        before, here, after = here, after, power(number + 1)
+        higher = here > centre
+        best = np.where(higher, number, best)
+        left, centre, right = (
+            np.where(higher, new, old) for new, old in ((before, left), (here, centre), (after, right))
+        )
     curvature = np.maximum(2 * centre - left - right, np.finfo(np.float32).tiny)
     shift = np.clip((right - left) / (2 * curvature), -0.5, 0.5)
-    b0 = (best - grid_points // 2 + shift) * (interval / grid_points)
+    b0 = (best - count // 2 + shift) * step
     # Whole turns are only equivalent where all echo spacings are multiples of the smallest one.
     steps = time.diff() / spacing
     if bool(((steps - steps.round()).abs() < 0.02).all()):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -114,6 +115,17 @@ def test_field_map_resolves_whole_turns():
     shift = (found - b0).median().div(200).round() * 200  # a whole turn in common cannot be known
     inner = slice(3, -3)  # the neighbourhood is cut at the edges of the grid
     torch.testing.assert_close((found - shift)[:, inner], b0[:, inner], atol=0.5, rtol=0)
+
+
+@pytest.mark.parametrize("echoes", [(1.2, 2.2, 12, 25, 37), (0.5, 1.5, 10, 20, 30), (2, 30)])
+def test_field_map_of_uneven_echoes_takes_the_right_maximum(echoes):
+    protocol = replace(PROTOCOLS["megre"], echo_time=tuple(1e-3 * echo for echo in echoes))
+    widest = 0.45 / (min(later - former for former, later in pairwise(echoes)) * 1e-3)
+    b0 = min(60.0, widest) * torch.linspace(-1, 1, 48)[None, :, None].expand(1, 48, 24)
+    images = signal({"t2star": torch.full(b0.shape, 0.05), "b0": b0}, protocol).movedim(-1, 0)[:, None]
+    found = field_map(images, protocol, torch.ones(b0.shape, dtype=torch.bool))
+    inner = slice(3, -3)  # the neighbourhood is cut at the edges of the grid
+    torch.testing.assert_close(found[:, inner], b0[:, inner], atol=0.7, rtol=0)
 
 
 def test_mask_drops_specks_and_fills_holes():
