@@ -74,7 +74,8 @@ def parameter_maps(
         standard_deviation={
             name: on_grid(result.standard_deviation[name])
             for name in names
-            if standard_deviations and name in result.standard_deviation
+            # The inversion efficiency was given to the last fit, which says 0 of it.
+            if standard_deviations and name in result.standard_deviation and name != "inversion"
         },
         magnitude=images[:, 0].abs()[:, None] if protocol.contrasts == 1 else None,
         rank=rank,

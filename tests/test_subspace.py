@@ -128,6 +128,14 @@ def test_field_map_of_uneven_echoes_takes_the_right_maximum(echoes):
     torch.testing.assert_close(found[:, inner], b0[:, inner], atol=0.7, rtol=0)
 
 
+def test_no_standard_deviation_is_claimed_of_an_averaged_inversion_efficiency():
+    problem, *_ = _problem("t2ir_gre", noise=0.5)
+    maps = list(Subspace(standard_deviations=True).solve(problem, lambda *_: None))[-1]
+    assert "inversion" in maps.values
+    assert {"t1", "t2", "t2star"} <= set(maps.standard_deviation)
+    assert "inversion" not in maps.standard_deviation
+
+
 def test_mask_drops_specks_and_fills_holes():
     amplitude = torch.full((1, 20, 20), 0.01)
     amplitude[0, 4:16, 4:16] = 1.0
