@@ -25,7 +25,7 @@ from quantitron.gadgets.network_weights import requested_network
 from quantitron.recon.data import Encoding, Maps
 from quantitron.recon.device import choose_device
 from quantitron.recon.networks.trained_network import NetworkRequest, TrainedNetwork
-from quantitron.recon.signal_presence import holds_signal, silenced
+from quantitron.recon.signal_presence import calibration_serves, holds_signal, silenced
 from quantitron.recon.solvers import SOLVERS, Solver, Subspace
 
 logger = logging.getLogger("quantitron")
@@ -153,6 +153,12 @@ class Reconstruct(Gadget):
                 if not holds_signal(problem):
                     problem = silenced(problem)
                     context.note(f"{_named(number, slices)} holds noise alone: its maps are empty")
+                elif problem.calibration is not None and not calibration_serves(problem):
+                    problem = replace(problem, calibration=None)
+                    context.note(
+                        f"the calibration of {_named(number, slices)} holds noise alone, or too little of "
+                        "k-space: coil maps come from the scan itself"
+                    )
                 problem = replace(problem, device=device, seed=self.seed, network=context.network)
                 try:
                     for maps in self.method.solve(problem, _progress_of(number, slices)):

@@ -15,6 +15,8 @@ CENTRE, EDGE = 0.05, 0.15
 LEAST_SIGNAL = 1.5
 """Energy of the k-space centre over the noise's, below which there is noise alone. Voxels that stand out from
 the noise make it some hundred; of noise alone it is 1, within a few per cent of so many samples."""
+LEAST_REACH = 3.0
+"""Cycles per field of view that a calibration has to reach along x and y, for coil maps to be told."""
 
 AnyKSpace = TypeVar("AnyKSpace", KSpace, TrajectoryKSpace)
 
@@ -29,6 +31,30 @@ def holds_signal(problem: Problem | FingerprintProblem) -> bool:
     if isinstance(problem, Problem):
         return _lines_above_noise(problem.reduced, noise)
     return _samples_above_noise(problem.kspace, noise)
+
+
+def calibration_serves(problem: Problem | FingerprintProblem) -> bool:
+    """Whether the calibration stands out from the noise and, on a trajectory, leaves the k-space centre.
+
+    Args:
+        problem: one slice, with calibration lines or readouts.
+    """
+    if isinstance(problem, FingerprintProblem):
+        if problem.calibration is None or not problem.calibration.samples.numel():
+            return False
+        matrix = torch.tensor(problem.kspace.grid[:1:-1])  # x, y
+        reach = problem.calibration.trajectory[:, :2].abs().amax(0) * matrix  # cycles per field of view
+        noise = 1.0 if problem.noise_known else _edge_energy(problem.kspace)
+        return bool((reach >= LEAST_REACH).all()) and _samples_above_noise(problem.calibration, noise)
+    if problem.calibration is None:
+        return False
+    samples, count = problem.calibration.samples, problem.calibration.count  # (s, z, y, c, x), (s, z, y)
+    acquired = count > 0
+    if not acquired.any():
+        return False
+    level = 1.0 if problem.noise_known else noise_variance(problem.reduced)
+    energy = samples[acquired].abs().double().square().mean((1, 2)) * count[acquired]  # (line,)
+    return bool(energy.mean() > LEAST_SIGNAL * level)
 
 
 def silenced(problem: Problem | FingerprintProblem) -> Problem | FingerprintProblem:
@@ -75,7 +101,11 @@ def _samples_above_noise(kspace: TrajectoryKSpace, noise: float | None) -> bool:
     count = max(1, round(CENTRE * radius.numel()))
     innermost = radius <= radius.kthvalue(count).values
     energy = kspace.samples[:, innermost].abs().double().square().mean()
-    if noise is None:
-        outermost = radius >= radius.kthvalue(max(1, round((1 - EDGE) * radius.numel()))).values
-        noise = float(kspace.samples[:, outermost].abs().double().square().mean())
-    return bool(energy > LEAST_SIGNAL * noise)
+    return bool(energy > LEAST_SIGNAL * (_edge_energy(kspace) if noise is None else noise))
+
+
+def _edge_energy(kspace: TrajectoryKSpace) -> float:
+    """Mean energy of the samples furthest from the centre of k-space."""
+    radius = kspace.trajectory.square().sum(1)  # (n,)
+    outermost = radius >= radius.kthvalue(max(1, round((1 - EDGE) * radius.numel()))).values
+    return float(kspace.samples[:, outermost].abs().double().square().mean())

@@ -10,12 +10,22 @@ from scan_of_ellipses import PROTOCOLS, scan_of_ellipses
 from quantitron.gadgets.gadget import Context
 from quantitron.gadgets.reconstruct import Reconstruct
 from quantitron.recon.gram import reduce_kspace
-from quantitron.recon.signal_presence import holds_signal, silenced
+from quantitron.recon.signal_presence import calibration_serves, holds_signal, silenced
 
 
 def noise_like(values, scale=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return scale * torch.randn(values.shape, dtype=values.dtype, generator=generator) * (values != 0)
+
+
+def reconstructed(solver, *problems):
+    """Final maps of the slices, and the context with what was said."""
+    first = problems[0]
+    context = Context(header=None, encoding=first.encoding, protocol=first.protocol, axes={})
+    gadget = Reconstruct.build({"solver": solver, "device": "cpu"}, "test")
+    gadget.prepare(context)
+    context.encoding = replace(context.encoding, slices=len(problems))
+    return list(gadget(iter(problems), context))[-1], context
 
 
 def of_noise(problem, scale=1.0):
@@ -51,15 +61,8 @@ def test_samples_of_noise_are_told_from_weak_signal(known):
 def test_a_slice_of_noise_between_others_has_an_empty_mask_and_changes_nothing_else():
     problem, _, _ = scan_of_ellipses(PROTOCOLS["megre"], (1, 24, 24), noise=0.5)
 
-    def reconstructed(*problems):
-        context = Context(header=None, encoding=problem.encoding, protocol=problem.protocol, axes={})
-        gadget = Reconstruct.build({"solver": "subspace", "device": "cpu"}, "test")
-        gadget.prepare(context)
-        context.encoding = replace(context.encoding, slices=len(problems))
-        return list(gadget(iter(problems), context))[-1], context
-
-    plain, before = reconstructed(problem, problem)
-    mixed, context = reconstructed(problem, of_noise(problem), problem)
+    plain, before = reconstructed("subspace", problem, problem)
+    mixed, context = reconstructed("subspace", problem, of_noise(problem), problem)
     assert not mixed.mask[1].any()
     assert mixed.values["t2star"][1].isnan().all()
     for name, values in plain.values.items():
@@ -70,9 +73,43 @@ def test_a_slice_of_noise_between_others_has_an_empty_mask_and_changes_nothing_e
 
 def test_a_scan_of_noise_alone_gives_empty_maps_and_says_so():
     problem, _, _ = scan_of_ellipses(PROTOCOLS["megre"], (1, 24, 24), noise=0.5)
-    context = Context(header=None, encoding=problem.encoding, protocol=problem.protocol, axes={})
-    gadget = Reconstruct.build({"solver": "subspace", "device": "cpu"}, "test")
-    gadget.prepare(context)
-    maps = list(gadget(iter([of_noise(problem)]), context))[-1]
+    maps, context = reconstructed("subspace", of_noise(problem))
     assert not maps.mask.any()
     assert "the scan holds no signal" in context.failures[0]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["whitened", "noise unknown"])
+def test_calibration_lines_of_noise_are_told(known):
+    problem, _, _ = scan_of_ellipses(PROTOCOLS["megre"], (1, 24, 24), noise=0.5)
+    problem = replace(problem, noise_known=known)
+    assert calibration_serves(problem)
+    for scale in (1.0, 0.0):
+        samples = noise_like(problem.calibration.samples, scale)
+        dead = replace(problem, calibration=replace(problem.calibration, samples=samples))
+        assert not calibration_serves(dead)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["whitened", "noise unknown"])
+def test_calibration_readouts_of_noise_or_of_the_centre_alone_are_told(known):
+    problem = replace(fingerprint_scan(24, noise=1.0).problem, noise_known=known)
+    calibration = problem.kspace.where(problem.kspace.time_point < 8)
+    assert calibration_serves(replace(problem, calibration=calibration))
+    assert not calibration_serves(problem)
+    useless = [
+        replace(calibration, samples=noise_like(calibration.samples)),
+        replace(calibration, samples=torch.zeros_like(calibration.samples)),
+        replace(calibration, trajectory=calibration.trajectory / 10),
+    ]
+    for readouts in useless:
+        assert not calibration_serves(replace(problem, calibration=readouts))
+
+
+def test_coil_maps_come_from_the_scan_where_its_calibration_is_noise():
+    problem = fingerprint_scan(24, noise=1.0).problem
+    calibration = problem.kspace.where(problem.kspace.time_point < 8)
+    dead = replace(calibration, samples=noise_like(calibration.samples))
+    plain, _ = reconstructed("svdmrf", problem)
+    found, context = reconstructed("svdmrf", replace(problem, calibration=dead))
+    for name, values in plain.values.items():
+        torch.testing.assert_close(found.values[name], values, equal_nan=True, rtol=0, atol=0)
+    assert [note for note in context.notes if "calibration of the scan holds noise alone" in note]
