@@ -17,6 +17,7 @@ from xsdata.exceptions import ConverterWarning, ParserError
 from xsdata.formats.dataclass.parsers import XmlParser
 from xsdata.formats.dataclass.parsers.config import ParserConfig
 
+from quantitron.gadgets.distinct_contrasts import require_distinct_contrasts
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.fingerprint_protocol import fingerprint_protocol
 from quantitron.gadgets.gadget import Context
@@ -260,7 +261,8 @@ def read_protocol(
         notes: sentences on what was assumed are added here.
 
     Raises:
-        ScanError: if times, angles or preparations are missing, or do not match the counters' limits.
+        ScanError: if times, angles or preparations are missing, do not match the counters' limits, or cannot
+            tell T1 or T2.
     """
     parameters = header.sequenceParameters
     if parameters is None or not parameters.TE:
@@ -317,7 +319,7 @@ def read_protocol(
             _match(len(inversion_time), excitations, "TI", axes["ti"])
     if len(echo_time) == 1:
         notes.append("the header gives one echo time; T2* and B0 cannot be told from it")
-    return Protocol(
+    protocol = Protocol(
         sequence=sequence,
         echo_time=echo_time,
         repetition_time=repetition,
@@ -329,6 +331,8 @@ def read_protocol(
         field_strength=_field_strength(header),
         phase_sign=phase_sign,
     )
+    require_distinct_contrasts(protocol, axes.get("ti"))
+    return protocol
 
 
 def _field_strength(header: xsd.ismrmrdHeader) -> float | None:

@@ -9,11 +9,13 @@ from pathlib import Path
 import h5py
 import ismrmrd.xsd as xsd
 import pytest
+import torch
 from line_factory import encoding, megre, t2ir, vfa
 
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.header import counter_length, make_context, make_header, parse_header, phase_encoding
 from quantitron.gadgets.sequence import contrast_axes, detect_sequence
+from quantitron.recon.signal.models import CONTRAST_PARAMETERS, CONTRAST_SIGNALS
 
 SHARED = Path(__file__).parents[2] / "shared"
 PRISMA = SHARED / "data" / "ismrmrd_prisma3T_20ch_2echo_gre_phantom.h5"
@@ -354,6 +356,62 @@ def test_missing_preparations_are_named():
     header.userParameters = None
     with pytest.raises(ScanError, match="T2PrepDuration_0"):
         make_context(header)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "words"),
+    [
+        (vfa((10, 10)), r"\(flipAngle_deg\) are 10, 10; vfa_gre needs two that differ to tell T1"),
+        (vfa((10, 10, 10.001)), "needs two that differ"),
+        (replace(t2ir(), preparation_time=(0.05,)), r"\(T2PrepDuration\) are 50 ms; .* two that differ"),
+        (replace(t2ir(), preparation_time=(0.05, 0.05)), "are 50, 50 ms; .* unless .* InversionEfficiency"),
+        (replace(t2ir(), preparation_time=(0.0,)), "are 0 ms; t2ir_gre needs one above 0 to tell T2"),
+        (replace(t2ir(), preparation_time=(0.0,), inversion_efficiency=1.0), "needs one above 0"),
+        (
+            replace(t2ir(), inversion_efficiency=0.0),
+            "InversionEfficiency is 0; .* nothing .* tells T2",
+        ),
+        (t2ir(1), r"1 excitation after .*encodingLimits\.segment.* needs two or more to tell T1"),
+        (replace(t2ir(1), inversion_efficiency=0.9), "needs two or more"),
+        (
+            replace(t2ir(2), preparation_time=(0.05,), inversion_efficiency=0.9),
+            r"2 excitations after its only .*encodingLimits\.segment.* three or more",
+        ),
+    ],
+)
+def test_contrasts_that_cannot_tell_t1_or_t2_are_refused(protocol, words):
+    with pytest.raises(ScanError, match=words):
+        make_context(make_header(encoding(), protocol))
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        vfa((10, 10, 20)),
+        t2ir(2),
+        replace(t2ir(2), preparation_time=(0.0, 0.05)),
+        replace(t2ir(3), preparation_time=(0.05,), inversion_efficiency=0.9),
+        replace(t2ir(3), preparation_time=(0.05, 0.05), inversion_efficiency=0.9),
+    ],
+)
+def test_contrasts_that_just_tell_t1_and_t2_are_read(protocol):
+    """As many independent contrasts as unknowns: their derivatives by the unknowns have full rank."""
+    found = make_context(make_header(encoding(), protocol)).protocol
+    names = [
+        name
+        for name in CONTRAST_PARAMETERS[found.sequence]
+        if name != "inversion" or found.inversion_efficiency is None
+    ]
+    tissue = {"t1": 0.9, "t2": 0.08, "inversion": found.inversion_efficiency or 0.95}
+
+    def signal(unknowns: torch.Tensor) -> torch.Tensor:
+        values = {name: torch.tensor(value, dtype=torch.float64) for name, value in tissue.items()}
+        values |= dict(zip(names, unknowns[1:], strict=True))
+        return unknowns[0] * CONTRAST_SIGNALS[found.sequence](values, found, None)
+
+    start = torch.tensor([1.0, *(tissue[name] for name in names)], dtype=torch.float64)
+    slopes = torch.autograd.functional.jacobian(signal, start)
+    assert torch.linalg.matrix_rank(slopes / slopes.norm(dim=0), rtol=1e-6) == len(start)
 
 
 # ---- encoding and limits
