@@ -7,6 +7,7 @@ import pytest
 
 from quantitron.gadgets import settings
 from quantitron.gadgets.errors import ScanError
+from quantitron.recon.solvers import SOLVERS
 
 
 @dataclass(frozen=True)
@@ -95,3 +96,12 @@ def test_hash_changes_with_any_setting_and_with_nothing_else():
 def test_resolved_refuses_what_has_no_settings():
     with pytest.raises(TypeError, match="not a dataclass"):
         settings.resolved(3)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda kind: f"{kind.name}-{kind.sequences[0]}")
+def test_the_mask_threshold_is_a_share(solver):
+    """5 means 5 %, but would leave no voxel after all the work."""
+    assert settings.build(solver, {"mask_threshold": "0.05"}, "file.yaml") == solver()
+    for percent in (1, 5):
+        with pytest.raises(ScanError, match=f"'mask_threshold' is {percent}, but must be below 1"):
+            settings.build(solver, {"mask_threshold": percent}, "file.yaml")

@@ -82,7 +82,7 @@ class CartesianSolver(CoefficientSolver):
     """T2 [s] that is expected."""
     t2star_range: tuple[float, float] = field(default=TISSUE_RANGE["t2star"], metadata={"above": 0})
     """T2* [s] that is expected."""
-    mask_threshold: float = field(default=0.05, metadata={"minimum": 0})
+    mask_threshold: float = field(default=0.05, metadata={"minimum": 0, "below": 1})
     """Amplitude below this share of the brightest tissue counts as background."""
     standard_deviations: bool = False
     """Whether maps of the standard deviations are delivered too."""

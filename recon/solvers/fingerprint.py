@@ -78,7 +78,7 @@ class FingerprintMethod(Solver):
     are kept, which: tissue outside of the range is matched all the same, with more noise."""
     t2_range: tuple[float, float] = field(default=(0.03, 2.0), metadata={"above": 0})
     """T2 [s] that is expected; likewise."""
-    mask_threshold: float = field(default=0.05, metadata={"minimum": 0})
+    mask_threshold: float = field(default=0.05, metadata={"minimum": 0, "below": 1})
     """Amplitude below this share of the brightest tissue counts as background."""
     match_groups: int = field(default=256, metadata={"minimum": 0})
     """Groups of atoms for fast matching (Cauley 2015); 0 compares with every atom."""
