@@ -236,6 +236,8 @@ def test_energy_outside_the_basis_is_said(solver, caplog):
         (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert f"of rank {estimate.basis.rank}, where it is not compared with the data" in record.message
+    knobs = "raise field_range, where the off-resonance is larger, residual_field or rank"
+    assert record.message.endswith(knobs)
 
 
 # ------------------------------------------------------------------------------------- settings and bad input

@@ -101,7 +101,11 @@ class ModelBased(CartesianSolver):
         lost = found.model.out_of_subspace(found.theta)
         said = "%.1e of the signal energy of the maps lies outside the basis of rank %d"
         if lost > LARGEST_OUT_OF_SUBSPACE:
-            said += ", where it is not compared with the data; raise rank or residual_field"
+            # Field that the first pass did not span is missing from the field map, and the maps go beyond.
+            said += (
+                ", where it is not compared with the data; raise field_range, where the off-resonance is "
+                "larger, residual_field or rank"
+            )
         level = logging.WARNING if lost > LARGEST_OUT_OF_SUBSPACE else logging.INFO
         logger.log(level, said, lost, estimate.basis.rank)
         if residual_to_noise is None:
