@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import ismrmrd.xsd as xsd
 
 from quantitron.gadgets.errors import ScanError
-from quantitron.gadgets.header_values import inversion_efficiency, listed, single
+from quantitron.gadgets.header_values import inversion_efficiency, listed, numbered, single
 from quantitron.gadgets.scan_times import longest_repetition, scan_times
 from quantitron.gadgets.sequence import preparation_parameters
 from quantitron.recon.data import Protocol
@@ -118,11 +118,10 @@ def _for_each(values: Sequence[float], points: int, what: str, notes: list[str])
 
 def _phases(user: dict[str, float], angles: Sequence[float], notes: list[str]) -> tuple[float, ...]:
     """(w,) phase of each pulse [rad] in 0..2 pi; empty where all are alike."""
-    given: list[float] = []
-    while (value := user.get(f"RFPhase_{len(given)}")) is not None:
+    given = numbered(user, "RFPhase")
+    for number, value in enumerate(given):
         if not math.isfinite(value):
-            raise ScanError(f"the header's RFPhase_{len(given)} is {value}")
-        given.append(value)
+            raise ScanError(f"the header's RFPhase_{number} is {value}")
     degrees = _for_each(given or [0.0], len(angles), "RF phases (RFPhase_0, ...)", notes)
     turned = [(phase + (180 if angle < 0 else 0)) % 360 for phase, angle in zip(degrees, angles, strict=True)]
     if len(set(turned)) == 1:

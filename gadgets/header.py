@@ -22,7 +22,7 @@ from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.fingerprint_protocol import fingerprint_protocol
 from quantitron.gadgets.gadget import Context
 from quantitron.gadgets.header_elements import convert_values, with_absent_elements
-from quantitron.gadgets.header_values import inversion_efficiency, listed, single
+from quantitron.gadgets.header_values import inversion_efficiency, listed, numbered, single
 from quantitron.gadgets.scan_times import durations, longest_repetition, scan_times
 from quantitron.gadgets.sequence import (
     contrast_axes,
@@ -356,9 +356,7 @@ def _match(given: int, allowed: int | None, name: str, counter: str | None) -> N
 def _preparations(header: xsd.ismrmrdHeader, notes: list[str]) -> tuple[tuple[float, ...], float | None]:
     """T2-preparation times [s] and inversion efficiency from the user parameters."""
     user = preparation_parameters(header)
-    given: list[float] = []
-    while (value := user.get(f"T2PrepDuration_{len(given)}")) is not None:
-        given.append(value)
+    given = numbered(user, "T2PrepDuration")
     if not given:
         raise ScanError(
             "the header gives no T2 preparation (user parameter T2PrepDuration_0), which t2ir_gre needs"

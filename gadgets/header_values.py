@@ -26,6 +26,31 @@ def single(values: Sequence[float], name: str, sequence: str) -> float:
     return values[0]
 
 
+def numbered(user: Mapping[str, float], name: str) -> list[float]:
+    """Values of the user parameters ``name_0``, ``name_1``, ... in the order of their numbers.
+
+    Args:
+        user: user parameters by name, their numbers with or without zeros in front.
+        name: up to the underscore.
+
+    Returns:
+        As many as there are; none where there are none.
+
+    Raises:
+        ScanError: if a number is missing. Without what follows it, the list might mean something else: one
+            value stands for all.
+    """
+    found: dict[int, float] = {}
+    for key, value in user.items():
+        start, _, digits = key.rpartition("_")
+        if start == name:
+            found[int(digits)] = value
+    for expected, number in enumerate(sorted(found)):
+        if number != expected:
+            raise ScanError(f"the header has {name}_{number} but no {name}_{expected}")
+    return [found[number] for number in range(len(found))]
+
+
 def inversion_efficiency(user: Mapping[str, float]) -> float | None:
     """The user parameter ``InversionEfficiency``, 0..1; None where it is absent.
 

@@ -8,6 +8,7 @@ import re
 import ismrmrd
 
 from quantitron.gadgets.errors import ScanError
+from quantitron.gadgets.header_values import numbered
 
 SEQUENCE_NAMES = ("t2ir_gre", "vfa_gre", "megre", "fisp_mrf")
 """Sequences that the contract knows."""
@@ -34,7 +35,7 @@ CONTRAST_COUNTERS = (
     *(f"user_{i}" for i in range(8)),
 )
 """Counters that may carry a contrast axis."""
-_SEQUENCE_PARAMETER = re.compile(r"(T2PrepDuration|RFPhase)_\d+|InversionEfficiency")
+_SEQUENCE_PARAMETER = re.compile(r"(T2PrepDuration|RFPhase)_[0-9]{1,9}|InversionEfficiency")
 
 
 def is_sequence_parameter(name: str | None) -> bool:
@@ -75,7 +76,8 @@ def detect_sequence(header: ismrmrd.xsd.ismrmrdHeader, wanted: str = "auto") -> 
         The name, and a sentence for the log where the name was guessed from what the header shows.
 
     Raises:
-        ScanError: if nothing identifies the sequence, or it does not go with the header's trajectory.
+        ScanError: if nothing identifies the sequence, it does not go with the header's trajectory, or a T2
+            preparation is missing between others.
     """
     name, note = _named(header, wanted)
     trajectory = trajectory_of(header)
@@ -113,7 +115,7 @@ def _named(header: ismrmrd.xsd.ismrmrdHeader, wanted: str) -> tuple[str, str | N
     trajectory = trajectory_of(header)
     if trajectory != "cartesian":
         return "fisp_mrf", f"sequence taken as fisp_mrf because the trajectory is '{trajectory}'"
-    if "T2PrepDuration_0" in preparation_parameters(header):
+    if numbered(preparation_parameters(header), "T2PrepDuration"):
         return "t2ir_gre", "sequence taken as t2ir_gre because the header lists T2 preparations"
     if parameters is not None:
         if len(set(parameters.flipAngle_deg)) > 1:

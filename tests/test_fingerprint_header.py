@@ -177,9 +177,26 @@ def test_phases_and_negative_angles_add():
 
 def test_too_few_phases_are_an_error():
     header = made(fingerprint(rf_phase=(0.0, 1.0, 2.0, 3.0, 4.0, 5.0)))
-    del header.userParameters.userParameterDouble[4]
+    del header.userParameters.userParameterDouble[4:]
     with pytest.raises(ScanError, match=r"4 RF phases \(RFPhase_0, \.\.\.\), fewer than the 6 time points"):
         make_context(header)
+
+
+@pytest.mark.parametrize(("missing", "there"), [(0, 1), (1, 2), (4, 5)])
+def test_a_phase_missing_between_others_is_named(missing, there):
+    """Without the first there would be no phases, without the second one for all."""
+    header = made(fingerprint(rf_phase=(0.0, 1.0, 2.0, 3.0, 4.0, 5.0)))
+    del header.userParameters.userParameterDouble[missing]
+    with pytest.raises(ScanError, match=f"^the header has RFPhase_{there} but no RFPhase_{missing}$"):
+        make_context(header)
+
+
+def test_numbers_of_phases_may_begin_with_zeros():
+    header = made(fingerprint(rf_phase=(0.0, 1.0, 2.0, 3.0, 4.0, 5.0)))
+    for number, entry in enumerate(header.userParameters.userParameterDouble):
+        entry.name = f"RFPhase_{number:03d}"
+    header.userParameters.userParameterDouble.reverse()
+    assert make_context(header).protocol.rf_phase == pytest.approx((0.0, 1.0, 2.0, 3.0, 4.0, 5.0))
 
 
 def test_a_phase_that_is_no_number_is_named():

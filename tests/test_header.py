@@ -414,6 +414,19 @@ def test_contrasts_that_just_tell_t1_and_t2_are_read(protocol):
     assert torch.linalg.matrix_rank(slopes / slopes.norm(dim=0), rtol=1e-6) == len(start)
 
 
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_preparation_missing_between_others_is_named(missing, named):
+    """Whether the sequence is named or to be told from the preparations."""
+    header = make_header(encoding(), t2ir())
+    if not named:
+        header.measurementInformation.protocolName = header.sequenceParameters.sequence_type = "scan"
+    del header.userParameters.userParameterDouble[missing]
+    words = f"^the header has T2PrepDuration_{missing + 1} but no T2PrepDuration_{missing}$"
+    with pytest.raises(ScanError, match=words):
+        make_context(header)
+
+
 # ---- encoding and limits
 
 
