@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -76,6 +77,24 @@ def read_b1_map(path: str, context: Context) -> Tensor:
                 f"lie beyond the dictionary's {first:.3g}..{last:.3g} and are taken at its ends"
             )
     return b1
+
+
+def nominal_within(known: Sequence[float]) -> None:
+    """Refuse a dictionary without the nominal flip angles, for a scan without a B1 map.
+
+    Its voxels would be matched at the nearest end of the dictionary's B1, their T2 biased by as much.
+
+    Args:
+        known: B1 of the dictionary, ascending.
+
+    Raises:
+        ScanError: if 1 lies beyond them.
+    """
+    if not known[0] <= 1 <= known[-1]:
+        raise ScanError(
+            f"basis.b1_range {known[0]:g}..{known[-1]:g} does not hold 1, at which voxels are matched "
+            "without a b1_map"
+        )
 
 
 def check_slices(b1: Tensor | NDArray[np.generic], slices: int) -> None:

@@ -58,7 +58,8 @@ class BasisGadget(Gadget):
     t2_points: int | None = field(default=None, metadata={"minimum": 2})
     """Points of T2."""
     b1_range: tuple[float, float] | None = field(default=None, metadata={"minimum": 0.2, "maximum": 2})
-    """First and last actual over nominal flip angle of the dictionary; None for 1 alone."""
+    """First and last actual over nominal flip angle of the dictionary; None for 1 alone. It must hold 1
+    unless reconstruct has a ``b1_map``."""
     b1_points: int | None = field(default=None, metadata={"minimum": 2})
     """Points of B1; 11 where only their range is given."""
 

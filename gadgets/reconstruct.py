@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from quantitron.gadgets import settings as gadget_settings
-from quantitron.gadgets.b1_map import read_b1_map
+from quantitron.gadgets.b1_map import nominal_within, read_b1_map
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget, SliceProblem
 from quantitron.gadgets.image_metadata import SHORT_CHECKSUM
@@ -108,6 +108,8 @@ class Reconstruct(Gadget):
             raise ScanError(f"solver '{self.solver}': {error}") from error
         if self.b1_map:
             context.b1 = read_b1_map(self.b1_map, context)
+        elif context.dictionary_b1 is not None:
+            nominal_within(context.dictionary_b1)
         if self.method.network is not None:
             context.network = self._network(self.method.network, context)
         context.needs_lines = context.needs_lines or self.method.needs_lines

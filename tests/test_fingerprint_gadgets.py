@@ -361,6 +361,19 @@ def test_whatever_can_be_refused_is_refused_before_the_dictionary_is_simulated(t
         chain(reconstruct=b1_property(tmp_path / "b1.npz"), **several)
 
 
+@pytest.mark.parametrize("limits", [(1.1, 1.3), (0.7, 0.9)])
+def test_without_a_b1_map_the_dictionary_holds_the_nominal_angles(tmp_path, monkeypatch, limits):
+    """Voxels would be matched at the nearest end; it is said before the dictionary is simulated."""
+    np.savez(tmp_path / "b1.npz", b1=GOOD * np.mean(limits))
+    chain(reconstruct=b1_property(tmp_path / "b1.npz"), b1_range=limits, b1_points=3)
+    for edge in ((1.0, 1.2), (0.8, 1.0)):
+        chain(b1_range=edge, b1_points=3)
+    monkeypatch.setattr("quantitron.gadgets.basis.cached_dictionary", None)
+    words = rf"^basis\.b1_range {limits[0]}\.\.{limits[1]} does not hold 1, at which voxels are matched"
+    with pytest.raises(ScanError, match=words):
+        chain(b1_range=limits, b1_points=3)
+
+
 def test_a_b1_map_is_for_fingerprints(tmp_path):
     np.savez(tmp_path / "b1.npz", b1=GOOD)
     header = make_header(images(trajectory="cartesian"), megre())
