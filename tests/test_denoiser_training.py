@@ -282,6 +282,26 @@ def test_checkpoints_are_whole_or_refused(tmp_path):
         load_checkpoint(tmp_path / "gone", {})
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "said"),
+    [
+        (
+            [{"schedule": "jiang" * 8, "snr": 10}],
+            [{"schedule": "jiang" * 8, "snr": 3}],
+            r"\.0\.snr was 10 and is 3",
+        ),
+        ([{"a": 1}, {"a": 2}], [{"a": 1}, {"a": 3}], r"\.1\.a was 2 and is 3"),
+        ([{"a": 1}], [{"a": 1}, {"a": 3}], r"\.1 was None and is {'a': 3}"),
+        ([0.5, 1], [0.5, 2], r" was \[0\.5, 1\] and is \[0\.5, 2\]"),
+        ([*range(100, 120)], [*range(100, 119), 7], r"\.19 was 119 and is 7"),
+    ],
+)
+def test_what_differs_from_the_checkpoint_is_told_within_lists_too(tmp_path, was, now, said):
+    save_checkpoint(tmp_path, TrainingState(), {}, {"slices": {"scans": was, "seed": 0}})
+    with pytest.raises(ScanError, match=rf"another training: slices\.scans{said}$"):
+        load_checkpoint(tmp_path, {"slices": {"scans": now, "seed": 0}})
+
+
 # ------------------------------------------------------------------ the denoiser
 
 

@@ -126,8 +126,20 @@ def _difference(known: Mapping[str, object], wanted: Mapping[str, object]) -> st
         was, now = known.get(key), wanted.get(key)
         if was == now:
             continue
-        within = _difference(was, now) if isinstance(was, dict) and isinstance(now, dict) else None
+        # Of lists of numbers the whole says more than one of them, unless both are cut short alike.
+        alike = _short(was) == _short(now)
+        one, other = _entries(was, alike), _entries(now, alike)
+        within = _difference(one, other) if one is not None and other is not None else None
         return f"{key}.{within}" if within else f"{key} was {_short(was)} and is {_short(now)}"
+    return None
+
+
+def _entries(value: object, any_list: bool) -> Mapping[str, object] | None:
+    """Entries of a mapping by name, those of a list of mappings (or of any) by number; None of all else."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list) and (any_list or all(isinstance(entry, dict) for entry in value)):
+        return {str(number): entry for number, entry in enumerate(value)}
     return None
 
 
