@@ -17,6 +17,9 @@ from quantitron.host.options import Json, Overwrite, noise_levels, numbers
 
 logger = logging.getLogger("quantitron")
 
+# Not 0, which would pass for no limit.
+Minutes = Annotated[float | None, typer.Option(min=0.01, help="Minutes in all.")]
+
 
 def add_training_commands(app: typer.Typer) -> None:
     """Give the ``quantitron`` command those that train."""
@@ -36,7 +39,7 @@ def train_denoiser(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps in all.  [default: 20000, or as many as fit --minutes]")
     ] = None,
-    minutes: Annotated[float | None, typer.Option(min=0.01, help="Minutes in all.")] = None,
+    minutes: Minutes = None,
     channels: Annotated[str, typer.Option(help="Features of each resolution level.")] = "32,64,96",
     blocks: Annotated[int, typer.Option(min=1, help="Residual blocks of a level.")] = 2,
     attention: Annotated[
@@ -137,7 +140,7 @@ class SeriesOptions:
     steps: Annotated[
         int | None, typer.Option(min=1, help="In all.  [default: 10000, or as fit --minutes]")
     ] = None
-    minutes: Annotated[float | None, typer.Option(min=0.0, help="Minutes in all.")] = None
+    minutes: Minutes = None
     channels: Annotated[str, typer.Option(help="Features of each resolution level.")] = "32,64,96"
     patch: Annotated[str, typer.Option(help="y,x voxels of a patch.")] = "96,96"
     batch: Annotated[int, typer.Option(min=1, help="Patches of a step.")] = 12

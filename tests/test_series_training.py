@@ -589,6 +589,17 @@ def test_a_number_of_levels_is_whole(phantom, tmp_path, levels):
         assert "not a whole number" in " ".join(done.output.replace("│", " ").split())
 
 
+@pytest.mark.parametrize("minutes", ["0", "-1"])
+def test_no_minutes_are_refused_by_all_trainings(phantom, tmp_path, minutes):
+    """None at all are not meant as no limit."""
+    series = [[name, str(phantom)] for name in ("train-arnet", "train-series-denoiser")]
+    for command in (*series, ["train-denoiser", "--data", str(tmp_path)]):
+        arguments = [*command, "-o", str(tmp_path / "net.safetensors"), "--steps", "1", "--minutes", minutes]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 2, command
+        assert "--minutes" in done.output
+
+
 # ---- scans that the network was not trained on
 
 CONDITIONS = ScanConditions(8, True, 0.125, 20.0, {"tolerance": 3.0, "t1_range": (0.4, 4.5)})
