@@ -34,6 +34,9 @@ DICTIONARY_GRID = ("t1_range", "t2_range", "t1_points", "t2_points", "b1_range",
 B1_POINTS = 11
 """Points over a range of B1."""
 
+LEAST_COLUMNS = {"vfa_gre": 2, "t2ir_gre": 3, "fisp_mrf": 3}
+"""Columns in which the contrasts differ by PD and each relaxation time that shapes them; others need one."""
+
 
 @dataclass(frozen=True)
 class BasisGadget(Gadget):
@@ -90,6 +93,8 @@ class BasisGadget(Gadget):
             raise ScanError(
                 f"basis: rank {int(rank)} is above the {contrasts} contrasts of this {sequence} scan"
             )
+        if rank >= 1:
+            _check_columns(int(rank), sequence)
         if sequence == "fisp_mrf":
             if self.source not in ("auto", "dictionary"):
                 raise ScanError(
@@ -102,7 +107,7 @@ class BasisGadget(Gadget):
             if getattr(self, name) is not None:
                 raise ScanError(f"basis: property '{name}' is for fisp_mrf, this scan is {sequence}")
         if self.source in ("auto", "dictionary"):
-            context.basis = dictionary_basis(context.protocol, rank)
+            context.basis = self._columns(lambda kept: dictionary_basis(context.protocol, kept), context)
 
     def _b1_values(self) -> tuple[float, ...]:
         """Actual over nominal flip angles of the dictionary, ascending."""
@@ -115,6 +120,24 @@ class BasisGadget(Gadget):
             raise ScanError(f"basis: b1_range runs from {first:g} to {last:g}")
         points = B1_POINTS if self.b1_points is None else self.b1_points
         return tuple(np.linspace(first, last, points).tolist())
+
+    def _columns(self, leading: Callable[[int | float], Basis], context: Context) -> Basis:
+        """The basis of the rank that is set; by default with as many columns as the maps take at least.
+
+        Args:
+            leading: makes the basis of a number of columns or a share of the energy.
+            context: of the scan.
+
+        Raises:
+            ScanError: if the rank that is set leaves too few.
+        """
+        sequence = context.protocol.sequence
+        basis = leading(self.columns_or_energy(sequence))
+        least = min(LEAST_COLUMNS.get(sequence, 1), context.protocol.contrasts)
+        if self.rank is None and basis.rank < least:
+            return leading(least)
+        _check_columns(basis.rank, sequence)
+        return basis
 
     def make_ready(self, context: Context) -> None:
         """Simulate the dictionary of a fingerprint, which may take minutes, and take its leading columns.
@@ -133,7 +156,7 @@ class BasisGadget(Gadget):
             context.dictionary = cached_dictionary(
                 context.protocol, **grid, b1=self._b1_values(), progress=_log_progress()
             )
-            context.basis = context.dictionary.basis(self.columns_or_energy("fisp_mrf"))
+            context.basis = self._columns(context.dictionary.basis, context)
         except ValueError as error:
             raise ScanError(f"basis: {error}") from error
 
@@ -183,6 +206,21 @@ class BasisGadget(Gadget):
             return measured_basis(scan.navigator, context.protocol.contrasts, rank)
         except ValueError as error:
             raise ScanError(f"basis: {error}") from error
+
+
+def _check_columns(columns: int, sequence: str) -> None:
+    """Refuse a basis in which tissues of different relaxation times look alike.
+
+    Raises:
+        ScanError: if there are too few columns for the maps of the sequence.
+    """
+    least = LEAST_COLUMNS.get(sequence, 1)
+    if columns < least:
+        times = "T1 and PD" if least == 2 else "T1, T2 and PD"
+        raise ScanError(
+            f"basis: rank leaves {columns} column{'s' if columns > 1 else ''} of the temporal basis, {times} "
+            f"of {sequence} take {least} or more"
+        )
 
 
 def _log_progress() -> Callable[[float], None]:

@@ -123,8 +123,12 @@ def test_rank_of_a_fingerprint():
     ready(scan)
     assert scan.basis.retained_energy >= 0.9999
     assert scan.dictionary.basis(scan.basis.rank - 1).retained_energy < 0.9999
-    ready(scan, rank=2)
-    assert scan.basis.rank == 2
+    ready(scan, rank=3)
+    assert scan.basis.rank == 3
+    with pytest.raises(ScanError, match=r"rank leaves 2 columns .* T1, T2 and PD of fisp_mrf take 3 or more"):
+        BasisGadget(**SMALL, rank=2).prepare(scan)
+    with pytest.raises(ScanError, match=r"rank leaves [12] columns? .* T1, T2 and PD of fisp_mrf"):
+        ready(scan, rank=0.5)
     with pytest.raises(ScanError, match="rank 41 is above the 40 contrasts of this fisp_mrf scan"):
         BasisGadget(**SMALL, rank=41).prepare(scan)
 
