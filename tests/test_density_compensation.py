@@ -10,7 +10,7 @@ import torch
 from spirals import spirals
 from torch import Tensor
 
-from quantitron.recon.operators.density_compensation import density_weights, pipe_menon, voronoi
+from quantitron.recon.operators.density_compensation import density_weights, normalised, pipe_menon, voronoi
 from quantitron.recon.operators.nonuniform_fourier import NonuniformFourier
 
 GRID = (1, 32, 24)
@@ -87,6 +87,14 @@ def test_three_dimensions() -> None:
     kz, ky, kx = torch.meshgrid(*axes, indexing="ij")
     trajectory = torch.stack([kx.flatten(), ky.flatten(), kz.flatten()], -1)
     assert (pipe_menon(NonuniformFourier(trajectory, grid)) - 1).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 3e15])
+def test_weights_of_any_scale_get_the_density_one(scale: float) -> None:
+    trajectory = cartesian()
+    weights = torch.ones(len(trajectory))
+    torch.testing.assert_close(normalised(scale * weights, trajectory, GRID), weights, rtol=1e-3, atol=0)
+    assert not normalised(0 * weights, trajectory, GRID).any()
 
 
 def test_weights_by_name() -> None:

@@ -193,22 +193,27 @@ def test_the_residual_of_the_adjoint_is_reported():
     assert math.isnan(solved(SvdMrf(), replace(spirals.problem, noise_known=False)).residual_to_noise)
 
 
-def test_density_weights_of_the_scan_are_used():
+def test_density_weights_of_the_scan_are_used_whatever_their_scale():
     """Unless the setting names others."""
     scan = fingerprint_scan(coils=1, every=True)
     kspace = scan.problem.kspace
     sums = sum_readouts(kspace, scan.problem.basis)
     weights = density_weights(sums.trajectory, sums.grid)
-    given = replace(scan.problem, kspace=replace(kspace, density=2 * weights.repeat(POINTS)))
     own = solved(SvdMrf(), scan.problem)
 
-    def ratio(density: str) -> Tensor:
-        maps = solved(SvdMrf(density=density), given)
+    def ratio(density: str, given: Tensor) -> Tensor:
+        with_weights = replace(scan.problem, kspace=replace(kspace, density=given.repeat(POINTS)))
+        maps = solved(SvdMrf(density=density), with_weights)
         return (maps.values["pd"] / own.values["pd"])[0][scan.mask]
 
-    torch.testing.assert_close(ratio("auto"), torch.full_like(ratio("auto"), 2.0), rtol=1e-4, atol=0)
-    torch.testing.assert_close(ratio("pipe"), torch.ones_like(ratio("pipe")), rtol=1e-4, atol=0)
-    voronoi = ratio("voronoi")
+    same = ratio("auto", 1e6 * weights)
+    torch.testing.assert_close(same, torch.ones_like(same), rtol=1e-3, atol=0)
+    others = weights * (1 + sums.trajectory.square().sum(1))
+    found = ratio("auto", others)
+    assert (found / same - 1).abs().max() > 0.01
+    torch.testing.assert_close(ratio("auto", 1e-6 * others), found, rtol=1e-4, atol=0)
+    torch.testing.assert_close(ratio("pipe", others), torch.ones_like(same), rtol=1e-4, atol=0)
+    voronoi = ratio("voronoi", others)
     assert 1 < voronoi.median() < 1.06  # 1.04: other weights, the same scale
 
 

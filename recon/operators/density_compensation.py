@@ -10,6 +10,8 @@ averaged, or its weight to be divided by the count.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,6 +22,8 @@ from quantitron.recon.operators.nonuniform_fourier import NonuniformFourier
 
 SAME_POINT = 1e-6
 """Distance [cycles per voxel] below which two points are one."""
+_PRECISION = 1e-4
+"""Of the transforms that tell densities."""
 
 
 def density_weights(trajectory: Tensor, grid: tuple[int, int, int], method: str = "pipe") -> Tensor:
@@ -59,22 +63,49 @@ def pipe_menon(fourier: NonuniformFourier, iterations: int = 10) -> Tensor:
     """
     if iterations < 1:
         raise ValueError(f"Pipe-Menon weights need at least one iteration, not {iterations}")
+    density_of = _density(fourier)
+    weights = torch.ones(len(fourier.trajectory), device=fourier.trajectory.device)
+    for _ in range(iterations):
+        weights = weights / density_of(weights).clamp_min(1e-6)  # positive but for rounding
+    return _of_unit_density(weights, density_of)
+
+
+def normalised(weights: Tensor, trajectory: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Weights of any scale, as scans bring them, scaled to a mean density of 1 like those of ``pipe_menon``.
+
+    Args:
+        weights: (n,), not negative.
+        trajectory: (n, d) in cycles per voxel.
+        grid: (z, y, x) of the images.
+
+    Returns:
+        (n,) float32; all zero where all are zero.
+    """
+    return _of_unit_density(weights.float(), _density(NonuniformFourier(trajectory, grid, _PRECISION)))
+
+
+def _density(fourier: NonuniformFourier) -> Callable[[Tensor], Tensor]:
+    """Maps weights (n,) to the density of the weighted points at each, through the Fejer kernel."""
     trajectory = fourier.trajectory
     nz, ny, nx = fourier.grid
     dimensions = trajectory.shape[1]
     doubled = (2 * nz if dimensions == 3 else 1, 2 * ny, 2 * nx)
-    wide = NonuniformFourier(trajectory, doubled, 1e-4)
+    wide = NonuniformFourier(trajectory, doubled, _PRECISION)
     window = torch.full((), 2.0**dimensions, device=trajectory.device)
     for axis, size in enumerate(doubled):
         if size > 1:
             triangle = 1 - (torch.arange(size, device=trajectory.device) - size // 2).abs() / (size // 2)
             window = window * triangle.reshape(-1, *[1] * (2 - axis))
-    weights = torch.ones(len(trajectory), device=trajectory.device)
-    for step in range(iterations + 1):
-        density = wide.forward(wide.adjoint(weights.to(torch.complex64)) * window).real
-        if step < iterations:
-            weights = weights / density.clamp_min(1e-6)  # positive but for rounding
-    return weights * (weights.sum() / (weights * density).sum())
+    return lambda weights: wide.forward(wide.adjoint(weights.to(torch.complex64)) * window).real
+
+
+def _of_unit_density(weights: Tensor, density_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Weights (n,) times the factor that makes their density 1 in the mean over what they weigh."""
+    total = weights.sum()
+    if not total > 0:
+        return torch.zeros_like(weights)
+    weights = weights / total  # their squares stay within single precision, whatever their unit
+    return weights / (weights * density_of(weights)).sum()
 
 
 def voronoi(trajectory: Tensor, grid: tuple[int, int, int]) -> Tensor:

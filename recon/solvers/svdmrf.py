@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantitron.recon.coefficient_basis import CoefficientBasis
 from quantitron.recon.data import Encoding, FingerprintProblem, Maps, Protocol
-from quantitron.recon.operators.density_compensation import density_weights
+from quantitron.recon.operators.density_compensation import density_weights, normalised
 from quantitron.recon.operators.toeplitz import adjoint_images
 from quantitron.recon.operators.trajectory_residual import residual_energy
 from quantitron.recon.solvers.fingerprint import FingerprintMethod, Prepared
@@ -53,7 +53,7 @@ class DensityCompensated(FingerprintMethod):
     def weights(self, sums: TrajectorySums) -> Tensor:
         """(n,) density weights of the points."""
         if self.density == "auto" and sums.density is not None:
-            return sums.density
+            return normalised(sums.density, sums.trajectory, sums.grid)
         method = "pipe" if self.density == "auto" else self.density
         return density_weights(sums.trajectory, sums.grid, method)
 
