@@ -22,7 +22,7 @@ from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget, SliceProblem
 from quantitron.gadgets.image_metadata import SHORT_CHECKSUM
 from quantitron.gadgets.network_weights import requested_network
-from quantitron.recon.data import Encoding, Maps
+from quantitron.recon.data import Encoding, Maps, Problem
 from quantitron.recon.device import choose_device
 from quantitron.recon.networks.trained_network import NetworkRequest, TrainedNetwork
 from quantitron.recon.signal_presence import calibration_serves, holds_signal, silenced
@@ -182,6 +182,8 @@ class Reconstruct(Gadget):
                         failed.add(number, "{} {holds} the maps of {its} preview", reason)
                     elif slices > 1:
                         failed.add(number, "{} {was} not reconstructed", reason)
+                if isinstance(problem, Problem) and final is not None:
+                    _judge_fit(final, _named(number, slices), context)
                 finished.append(None if final is None else _crop(final, problem.encoding))
                 problem = None  # before the next one is made
                 problem = next(problems, None)
@@ -219,6 +221,21 @@ def _solvers_named(name: str) -> list[type[Solver]]:
 
 def _cannot(solver: str, sequence: str, sequences: tuple[str, ...]) -> str:
     return f"solver '{solver}' does not reconstruct {sequence}; it does {', '.join(sequences)}"
+
+
+UNEXPLAINED = 10.0
+"""Residual of a Cartesian scan, in units of the noise, that needs mention. Sound scans have some 1; where the
+off-resonance lies beyond ``field_range`` it is 10 to 30. (Of fingerprints aliasing alone may leave that.)"""
+
+
+def _judge_fit(maps: Maps, where: str, context: Context) -> None:
+    """Say where the images that the maps come from leave far more of the data than noise unexplained."""
+    if maps.residual_to_noise > UNEXPLAINED:
+        context.note(
+            f"the images of {where} leave {maps.residual_to_noise:.0f} times the noise unexplained, so that "
+            "maps may be wrong: by off-resonance beyond reconstruct.field_range, motion, or a header that "
+            "does not tell what was played"
+        )
 
 
 def _named(number: int, slices: int) -> str:
