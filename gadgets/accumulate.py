@@ -86,17 +86,17 @@ class Accumulate(Gadget):
 
 
 def _add(scan: _CartesianScan | TrajectoryScan, block: AcquisitionBlock, chosen: NDArray[np.bool_]) -> None:
-    """Hand the chosen lines to the scan."""
-    scan.end.read(block, chosen)
-    if not chosen.any():
-        return
-    energy = _energy(block)
-    finite = np.isfinite(energy) | ~chosen
-    if not finite.all():
-        raise ScanError(
-            f"acquisition {block.first + int(finite.argmin())} has samples that are not finite numbers"
-        )
-    scan.add(block, chosen, energy)
+    """Hand the chosen lines up to the end of the measurement to the scan."""
+    for piece in scan.end.of_scan(block, chosen, scan.complete):
+        if not piece.any():
+            continue
+        energy = _energy(block)
+        finite = np.isfinite(energy) | ~piece
+        if not finite.all():
+            raise ScanError(
+                f"acquisition {block.first + int(finite.argmin())} has samples that are not finite numbers"
+            )
+        scan.add(block, piece, energy)
 
 
 class _CartesianScan:
@@ -136,6 +136,10 @@ class _CartesianScan:
         self._slice = GrowingRows((), np.int64)
         self._coverage = ScanCoverage(context.protocol, encoding)
         self.end = MeasurementEnd()
+
+    def complete(self) -> bool:
+        """Whether every frame of every slice has come, if not every line of it."""
+        return self._coverage.every_frame()
 
     def add(self, block: AcquisitionBlock, chosen: NDArray[np.bool_], energy: NDArray[np.float64]) -> None:
         """Sort the chosen lines of a block, whose energies (n,) are given, into the stores."""

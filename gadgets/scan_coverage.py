@@ -44,6 +44,11 @@ class ScanCoverage:
         self._came[(frame * nz + at.kz) * ny + at.ky] = True
         self.lines += len(at.slice)
 
+    def every_frame(self) -> bool:
+        """Whether lines of every frame of every slice have come."""
+        frames = self._came.reshape(-1, self._matrix[0] * self._matrix[1])
+        return bool(frames.any(1).all())
+
     def judge(
         self,
         context: Context,

@@ -231,6 +231,11 @@ class TrajectoryScan:
             )
         return values - centre
 
+    def complete(self) -> bool:
+        """Whether every time point of every announced slice has come."""
+        enough = len(self._came) >= self._context.encoding.slices
+        return enough and bool(self._came.any(2).all())
+
     def _count(self, counters: NDArray[np.void], readouts: Readouts) -> None:
         """Remember which slices, time points and partitions have come."""
         partition = counter_values(counters, "kspace_encode_step_2")
