@@ -87,10 +87,11 @@ class Accumulate(Gadget):
 
 def _add(scan: _CartesianScan | TrajectoryScan, block: AcquisitionBlock, chosen: NDArray[np.bool_]) -> None:
     """Hand the chosen lines up to the end of the measurement to the scan."""
-    for piece in scan.end.of_scan(block, chosen, scan.complete):
+    energy: NDArray[np.float64] | None = None  # of the whole block, once, and only if it is needed
+    for piece in scan.end.before_it(block, chosen, scan.complete):
         if not piece.any():
             continue
-        energy = _energy(block)
+        energy = _energy(block) if energy is None else energy
         finite = np.isfinite(energy) | ~piece
         if not finite.all():
             raise ScanError(

@@ -32,7 +32,7 @@ class MeasurementEnd:
     _in_row: bool = False
     """Whether the last line read was flagged."""
 
-    def of_scan(
+    def before_it(
         self, block: AcquisitionBlock, chosen: NDArray[np.bool_], complete: Callable[[], bool]
     ) -> Iterator[NDArray[np.bool_]]:
         """Those of the chosen lines (n,) of the next block that belong to the scan, in pieces (n,).
