@@ -50,7 +50,8 @@ def fit_coefficients(
 ) -> Fit:
     """Go on from a fit of whole signals, in the components.
 
-    The inversion efficiency stays as it was found: components of one voxel do not tell it from T1.
+    The inversion efficiency stays as it is: components of one voxel do not tell it from T1
+    (``inversion_efficiency.py``).
 
     Args:
         coefficients: U (v, k) complex.
@@ -70,8 +71,7 @@ def fit_coefficients(
     model = MapModel(protocol, psi, mixing)
     real = coefficients.real.dtype
     found = start.parameters
-    columns = [found[name].log() for name in model.times] + ([found["b0"]] if protocol.echoes > 1 else [])
-    theta = torch.stack([start.pd.abs().log(), start.pd.angle(), *columns]).to(real)  # (p, v)
+    theta = model.unknowns(found, start.pd).T.to(real)  # (p, v)
     low, high = (bound[:, None] for bound in model.limits(theta))
     arrived = ARRIVED * model.units(theta)[:, None]
     good = theta.isfinite().all(0).nonzero()[:, 0]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import replace
+
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from quantitron.recon.coefficient_basis import CoefficientBasis
 from quantitron.recon.coefficient_fit import fit_coefficients
-from quantitron.recon.data import SEQUENCE_MAPS, Maps, Problem
+from quantitron.recon.data import SEQUENCE_MAPS, Maps, Problem, Protocol
+from quantitron.recon.inversion_efficiency import mean_of_free_fits, shared_efficiency
 from quantitron.recon.masks import signal_mask
 from quantitron.recon.match import Fit, fit
+from quantitron.recon.signal.map_model import MapModel
 
 
 def parameter_maps(
@@ -46,12 +48,11 @@ def parameter_maps(
     protocol = problem.protocol
     mask = signal_mask(images.abs().square().sum((0, 1)).sqrt(), mask_threshold)  # (z, y, x)
     inside = images[:, :, mask].permute(2, 0, 1)  # (voxel, e, l)
-    result = _fit(inside.contiguous(), mask, problem)
-    if components is not None:
-        mixing = components.mixing.to(inside)  # (e, l, k)
-        u = torch.einsum("elk,vel->vk", mixing.conj(), inside)
-        psi = problem.reduced.basis.contrast
-        result = fit_coefficients(u, result, psi, mixing, protocol, noise_variance=noise_variance)
+    if components is None:
+        result = _fit_images(inside.contiguous(), mask, problem)
+    else:
+        u = torch.einsum("elk,vel->vk", components.mixing.to(inside).conj(), inside)
+        result = fit_components(u, mask, components, problem, noise_variance)
     fitted = dict(result.parameters)
     if protocol.echoes == 1:
         fitted.pop("t2star", None)
@@ -85,49 +86,49 @@ def parameter_maps(
     )
 
 
-INVERSION_WIDTH = 4.0
-"""Standard deviation [voxels] over which the inversion efficiency is averaged."""
+def fit_components(
+    coefficients: Tensor,
+    mask: Tensor,
+    components: CoefficientBasis,
+    problem: Problem,
+    noise_variance: float | None = None,
+) -> Fit:
+    """Fit voxels in the components that their images were reconstructed in.
 
-
-def _fit(inside: Tensor, mask: Tensor, problem: Problem) -> Fit:
-    """Fit all voxels; an unknown inversion efficiency is fitted first, averaged over space, and then given.
-
-    The efficiency follows the transmit field and is smooth; left free in each voxel it takes up T1's noise.
-    It comes from whole signals: images of so few components that they hold tissue badly (0.1 % of the energy
-    lost and more) bias it by up to a per cent.
+    An inversion efficiency that the header does not tell is first found, by all voxels together
+    (``inversion_efficiency.py``): left free in each voxel it takes up T1's noise.
 
     Args:
-        inside: (voxel, e, l) of the voxels in the mask.
+        coefficients: U (v, k) complex of the voxels in the mask.
         mask: (z, y, x) bool.
+        components: the basis of U.
         problem: the slice.
+        noise_variance: E|n|^2 of each component; None: from each voxel's residual.
     """
+    protocol, psi = problem.protocol, problem.reduced.basis.contrast
+    mixing = components.mixing.to(coefficients)  # (e, l, k)
+    images = torch.einsum("elk,vk->vel", mixing, coefficients)
+
+    def refit(start: Fit) -> Fit:
+        return fit_coefficients(coefficients, start, psi, mixing, protocol, noise_variance=noise_variance)
+
+    result = fit(images.contiguous(), problem.reduced.basis, protocol)
+    if _efficiency_unknown(result, protocol):
+        model = MapModel(protocol, psi, mixing)
+        shared = shared_efficiency(result, mask, coefficients, model, refit, noise_variance)
+        result = replace(result, parameters={**result.parameters, "inversion": shared})
+    return refit(result)
+
+
+def _fit_images(images: Tensor, mask: Tensor, problem: Problem) -> Fit:
+    """Fit V (v, e, l) of the voxels in the mask (z, y, x) as whole signals, an unknown efficiency first."""
     protocol, basis = problem.protocol, problem.reduced.basis
-    result = fit(inside, basis, protocol)
-    if "inversion" not in result.parameters or protocol.inversion_efficiency is not None or not len(inside):
+    result = fit(images, basis, protocol)
+    if not _efficiency_unknown(result, protocol):
         return result
-    given = efficiency_map(result, mask)[mask]
-    return fit(inside, basis, protocol, known={"inversion": given}, start=result.parameters)
+    given = {"inversion": mean_of_free_fits(result, mask)}
+    return fit(images, basis, protocol, known=given, start=result.parameters)
 
 
-def efficiency_map(result: Fit, mask: Tensor) -> Tensor:
-    """The inversion efficiency of a fit that left it free in each voxel, averaged over space.
-
-    Args:
-        result: of the voxels in the mask.
-        mask: (z, y, x) bool.
-
-    Returns:
-        (z, y, x) at most 1; 0 far outside the mask.
-    """
-    deviation = result.standard_deviation["inversion"]
-    typical = deviation.median().clamp_min(1e-6)
-    weight = np.zeros(mask.shape, dtype=np.float32)
-    # Voxels that know the efficiency well speak loudest; none so loud that it stands alone.
-    weight[mask.numpy()] = (1 / (deviation.square() + (0.3 * typical) ** 2)).numpy()
-    values = np.zeros(mask.shape, dtype=np.float32)
-    values[mask.numpy()] = result.parameters["inversion"].numpy()
-    sigma = [min(INVERSION_WIDTH, n / 4) if n > 1 else 0 for n in mask.shape]
-    smooth = ndimage.gaussian_filter(values * weight, sigma) / np.maximum(
-        ndimage.gaussian_filter(weight, sigma), np.finfo(np.float32).tiny
-    )
-    return torch.from_numpy(np.minimum(smooth, 1.0).astype(np.float32))
+def _efficiency_unknown(result: Fit, protocol: Protocol) -> bool:
+    return "inversion" in result.parameters and protocol.inversion_efficiency is None and len(result.pd) > 0

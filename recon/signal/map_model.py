@@ -15,6 +15,7 @@ memory with the voxels last, whatever the order of their shape.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,6 +75,11 @@ class MapModel:
         """(p,): change of each unknown that changes the signal of some echo by its own size."""
         turn = 2 * math.pi * max(self.protocol.echo_time)
         return like.new_tensor([1 / turn if name == "b0" else 1.0 for name in self.names])
+
+    def unknowns(self, parameters: Mapping[str, Tensor], pd: Tensor) -> Tensor:
+        """theta (v, p) of times [s], ``b0`` [Hz] and the complex amplitude ``pd``, (v,) each."""
+        columns = [parameters[name].log() if name in TIMES else parameters[name] for name in self.names[2:]]
+        return torch.stack([pd.abs().log(), pd.angle(), *columns], 1)
 
     def coefficients(self, theta: Tensor) -> Tensor:
         """U (v, k) complex of theta (v, p); differentiable once by theta, on any device."""

@@ -19,9 +19,8 @@ from torch import Tensor
 from quantitron.recon.data import Basis, Protocol
 from quantitron.recon.field_table import FieldTable
 from quantitron.recon.joint_match import JointMatcher
-from quantitron.recon.match import fit
-from quantitron.recon.parameter_maps import efficiency_map
-from quantitron.recon.signal.dictionary import PARAMETER_RANGE, contrast_dictionary
+from quantitron.recon.parameter_maps import fit_components
+from quantitron.recon.signal.dictionary import contrast_dictionary
 from quantitron.recon.signal.spin_echo import SpinEchoProtocol, spin_echo_signal
 from quantitron.recon.solvers.cartesian import LinearEstimate
 from quantitron.recon.solvers.nearest_tissue import NearestTissue, Tissue
@@ -146,8 +145,10 @@ def contrast_table(
 def _efficiency(estimate: LinearEstimate) -> Tensor:
     """(z, y, x) inversion efficiency, smooth, from a fit of the linear estimate."""
     problem, mask = estimate.problem, estimate.mask.cpu()
+    efficiency = torch.full(mask.shape, 1.0)
     inside = estimate.coefficients.cpu().permute(2, 3, 0, 1)[mask]  # (v, k)
-    images = torch.einsum("elk,vk->vel", estimate.basis.mixing.to(inside), inside)
-    if not len(inside):
-        return torch.full(mask.shape, PARAMETER_RANGE["inversion"][1])
-    return efficiency_map(fit(images, problem.reduced.basis, problem.protocol), mask)
+    if len(inside):
+        noise = estimate.image_noise**2
+        found = fit_components(inside, mask, estimate.basis, problem, noise).parameters["inversion"]
+        efficiency[mask] = found.to(efficiency)
+    return efficiency
