@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -35,6 +37,8 @@ _state = {"debug": False}
 
 def main() -> None:
     """Entry point: one sentence and exit code 1 for every failure."""
+    # Batch systems stop their jobs so: unfinished files are to be cleared away as they are after Ctrl-C.
+    signal.signal(signal.SIGTERM, _stopped)
     try:
         app()
     except ScanError as error:
@@ -48,6 +52,10 @@ def main() -> None:
     except Exception as error:
         text = (str(error).strip().splitlines() or ["no message"])[0]
         _fail(f"unexpected {type(error).__name__}: {text} (--debug shows where)", error)
+
+
+def _stopped(number: int, _: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def _fail(sentence: str, error: BaseException) -> None:

@@ -164,7 +164,8 @@ def _check_output(target: Path, overwrite: bool) -> None:
 def _write(images: Iterable[ismrmrd.Image], target: Path, result: Replayed) -> None:
     """Write images beside the target and move them there at the end: a reader never sees half a file.
 
-    After a failure the images that were written are kept under the target's name.
+    After a failure the images that were written are kept under the target's name; so they are where somebody
+    stops the replay.
     """
     partial = target.with_name(f".{target.name}.{os.getpid()}.part")
 
@@ -174,10 +175,10 @@ def _write(images: Iterable[ismrmrd.Image], target: Path, result: Replayed) -> N
             result.series.setdefault(int(image.image_series_index), role)
             yield image
 
-    failure: Exception | None = None
+    failure: BaseException | None = None
     try:
         result.images = write_images(partial, None, counted())
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C and SIGTERM are none of Exception
         failure = error
     if failure is None and not result.images:
         failure = ScanError("the pipeline ended without any image")
@@ -186,10 +187,13 @@ def _write(images: Iterable[ismrmrd.Image], target: Path, result: Replayed) -> N
         return
     kept = _keep(partial, target)
     sentence = str(failure).replace(str(partial), str(target))
+    where = f"{kept} images that were finished before are in {target}"
     if not isinstance(failure, ScanError):
+        if kept:
+            logger.error("%s", where)
         raise failure
     if kept:
-        sentence += f" ({kept} images that were finished before are in {target})"
+        sentence += f" ({where})"
     raise ScanError(sentence) from failure
 
 

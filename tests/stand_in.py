@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +103,7 @@ class Gather(Gadget):
     name: ClassVar[str] = "gather"
     images: int = field(default=2, metadata={"minimum": 0})
     least: int = 1
-    fail: Literal["no", "known", "unknown", "memory"] = "no"
+    fail: Literal["no", "known", "unknown", "memory", "hang"] = "no"
     output: Literal["uint16", "float32"] = "uint16"
     points: int = 64
 
@@ -124,6 +125,8 @@ class Gather(Gadget):
             raise ScanError("the gather gadget was told to fail")
         if self.fail == "memory":
             raise MemoryError
+        if self.fail == "hang":
+            time.sleep(60)
         if self.fail == "unknown":
             raise RuntimeError("something nobody foresaw\nwith a second line")
 

@@ -326,3 +326,33 @@ def test_a_disk_that_is_full_is_one_sentence_and_what_was_written_is_kept(tmp_pa
         assert f"({len(read_images(tmp_path / 'maps.h5'))} images" in sentence
     else:
         assert found == set()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_replay_that_is_stopped_keeps_its_images_and_leaves_no_other_file(tmp_path, number, status):
+    raw = write_raw(tmp_path / "raw.h5", scan(40))
+    name = tmp_path / "pipeline.xml"
+    name.write_text(pipeline(gather(images=2, fail="hang")))
+    process = subprocess.Popen(
+        [*RUN, "--stand-in", "--quiet", "replay", raw, "-p", name, "-o", tmp_path / "maps.h5"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not any(is_written(path, 2) for path in tmp_path.glob(".maps.h5.*.part")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert f"2 images that were finished before are in {tmp_path / 'maps.h5'}" in said
+    assert "Traceback" not in said
+    assert {path.name for path in tmp_path.iterdir()} == {"raw.h5", "pipeline.xml", "maps.h5"}
+    assert len(read_images(tmp_path / "maps.h5")) == 2
+
+
+def is_written(path: Path, images: int) -> bool:
+    try:
+        return len(read_images(path)) == images
+    except ScanError:  # half an image, or none
+        return False
