@@ -26,7 +26,8 @@ def read_b1_map(path: str, context: Context) -> Tensor:
 
     Args:
         path: an .npz file with the array ``b1``, or an .npy file: actual over nominal flip angle on the
-            delivered grid, (z, y, x) for one slice or slab, else (s, z, y, x).
+            delivered grid, (z, y, x) for one slice or slab, else (s, z, y, x) with s in the order of the
+            images: ascending along the slice direction.
         context: of a fingerprint scan; the dictionary need not be there yet, only its B1 values.
 
     Returns:

@@ -14,6 +14,7 @@ from quantitron.gadgets.b1_map import check_slices
 from quantitron.gadgets.dictionary_cache import cached_dictionary
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget, SliceProblem
+from quantitron.gadgets.image_geometry import slab_order
 from quantitron.recon.data import (
     Basis,
     Calibration,
@@ -240,9 +241,12 @@ def _log_progress() -> Callable[[float], None]:
 def _fingerprints(scan: ScanData, kspace: TrajectoryKSpace, context: Context) -> Iterator[FingerprintProblem]:
     if context.dictionary is None or context.basis is None:
         raise ScanError(f"basis: a scan on a trajectory is no {context.protocol.sequence}")
+    slices = context.encoding.slices
     if context.b1 is not None:
-        check_slices(context.b1, context.encoding.slices)
-    for index in range(context.encoding.slices):
+        check_slices(context.b1, slices)
+    # The B1 map has the slices in the order of the images, not in that of the counter.
+    order = slab_order(context.geometry, slices, context.encoding.field_of_view[0])
+    for index in range(slices):
         calibration = scan.calibration
         if isinstance(calibration, TrajectoryKSpace):
             here = bool((calibration.slice == index).any())
@@ -256,7 +260,7 @@ def _fingerprints(scan: ScanData, kspace: TrajectoryKSpace, context: Context) ->
             basis=context.basis,
             dictionary=context.dictionary,
             calibration=calibration,
-            b1=None if context.b1 is None else context.b1[index],
+            b1=None if context.b1 is None else context.b1[order.index(index)],
             noise_known=scan.noise_known,
             seed=context.seed,
         )

@@ -75,11 +75,8 @@ def place(
     slabs, partitions = int(shape[0]), int(shape[1])
     extent_z, extent_y, extent_x = (1e3 * float(extent) for extent in field_of_view)  # mm
     headers = [_header(geometry, s, extent_z) for s in range(slabs)]
-    normal = np.asarray(headers[0]["slice_dir"], np.float64)
     positions = [np.asarray(header["position"], np.float64) for header in headers]
-    order = list(range(slabs))
-    if all(_parallel(headers[0], header) for header in headers):
-        order.sort(key=lambda s: float(positions[s] @ normal))
+    order = _order(headers)
 
     if layout == "slices":
         thickness = extent_z / partitions
@@ -109,6 +106,26 @@ def place(
     return [
         Placement((s,), slice(None), rank, positions[s], field, headers[s]) for rank, s in enumerate(order)
     ]
+
+
+def slab_order(geometry: Mapping[int, NDArray[np.void]], slabs: int, thickness: float) -> list[int]:
+    """Slabs in the order in which their images come, whatever their numbers are.
+
+    Args:
+        geometry: slab s -> acquisition header, as of ``place``.
+        slabs: how many there are.
+        thickness: z extent of one [m].
+    """
+    return _order([_header(geometry, s, 1e3 * thickness) for s in range(slabs)])
+
+
+def _order(headers: Sequence[NDArray[np.void]]) -> list[int]:
+    """Ascending along the slice direction; by number where slabs are not parallel."""
+    order = list(range(len(headers)))
+    if all(_parallel(headers[0], header) for header in headers):
+        normal = np.asarray(headers[0]["slice_dir"], np.float64)
+        order.sort(key=lambda s: float(np.asarray(headers[s]["position"], np.float64) @ normal))
+    return order
 
 
 def _header(geometry: Mapping[int, NDArray[np.void]], s: int, thickness: float) -> NDArray[np.void]:

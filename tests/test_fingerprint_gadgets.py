@@ -279,6 +279,18 @@ def test_a_b1_map_reaches_the_solver_slice_by_slice(tmp_path, kind):
     np.testing.assert_allclose(t2, 100 * values[:, 0], rtol=1e-5)
 
 
+def test_a_b1_map_lies_on_the_maps_whatever_the_order_of_the_slices(tmp_path):
+    values = np.random.default_rng(0).uniform(0.8, 1.2, (3, 1, 16, 16))
+    np.save(tmp_path / "b1.npy", values)
+    lines = whole_scan(points=6, slices=3)
+    heights = np.array([7.0, -5.0, 1.0])  # of the slices by their numbers
+    lines.head["position"][:, 2] = heights[lines.head["idx"]["slice"]]
+    header = make_header(images(slices=3), fingerprint())
+    made = chain(header, reconstruct=b1_property(tmp_path / "b1.npy"), b1_range=(0.8, 1.2), b1_points=3)
+    t2 = next(image for image in made(numbered(lines)) if image.meta["GADGETRON_DataRole"] == "T2")
+    np.testing.assert_allclose(t2.data[0], 100 * values[:, 0], rtol=1e-5)
+
+
 def test_b1_beyond_the_dictionary_is_said(tmp_path):
     values = np.ones((1, 16, 16), np.float32)
     values[0, 0, :3], values[0, 5, 5] = 0.7, 1.2005
