@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +28,16 @@ PACKAGES = (
     "gadgetron",
     "h5py",
     "pyyaml",
+    "scikit-image",
+    "nibabel",
+    "matplotlib",
+    "cmcrameri",
+    "typer",
+    "rich",
+    "safetensors",
+    "nilearn",
 )
+"""The package and what it requires."""
 LEAST_MEMORY = 2 << 30
 LEAST_DISK = 1 << 30
 IMPORT_TIMEOUT = 120.0
@@ -57,14 +67,23 @@ def examine(folder: str | os.PathLike[str] = ".") -> list[Finding]:
     return [
         Finding("python", "ok", f"{platform.python_version()} ({sys.executable})"),
         *_packages(),
-        *_devices(),
-        *_pipelines(),
-        *networks(),
+        *_importing("devices", _devices),
+        *_importing("pipelines", _pipelines),
+        *_importing("networks", networks),
         _gadgetron_python(),
         _gadgetron_home(),
         _memory(),
         _disk(Path(folder)),
     ]
+
+
+def _importing(what: str, look: Callable[[], list[Finding]]) -> list[Finding]:
+    """What ``look`` finds; where it cannot even import what it looks at, that is what was found."""
+    try:
+        return look()
+    except (ImportError, OSError) as error:  # a library that a package links is missing: either
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return [Finding(what, "broken", f"cannot be looked at: {reason}")]
 
 
 def _packages() -> list[Finding]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import configparser
 import json
+import os
 import subprocess
 import sys
 import time
@@ -73,6 +75,25 @@ def test_doctor_finds_this_machine_fit():
     assert states["torch"] == "ok"
     assert found["ok"] == ("broken" not in states.values())
     assert done.returncode == (0 if found["ok"] else 1)
+
+
+def test_doctor_tells_all_it_finds_where_a_package_cannot_be_imported(monkeypatch, tmp_path):
+    (tmp_path / "skimage.py").write_text("raise ModuleNotFoundError(\"No module named 'skimage'\")")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    done = command("doctor")
+    assert done.returncode == 1
+    assert "cannot be looked at: No module named 'skimage'" in done.stdout
+    assert "memory" in done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert "checks failed" in last
+    assert "pipelines" in last
+
+
+def test_doctor_looks_for_every_requirement():
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).resolve().parents[1] / "setup.cfg", encoding="utf-8")
+    needed = {line.split(">=")[0] for line in setup["options"]["install_requires"].split()}
+    assert needed <= set(doctor.PACKAGES)
 
 
 def test_doctor_says_which_hash_grid_is_used(monkeypatch):
