@@ -48,6 +48,14 @@ SEND_TIMEOUT = 120.0
 DRAIN_IDLE = 2.0
 """Seconds of silence that end the draining of a stream whose message boundaries are lost."""
 
+SILENT_FOR = 300
+"""Seconds without anything from the peer after which its machine is asked whether it is still there, and"""
+ASKED_EVERY = 60
+"""seconds between questions, of which"""
+UNANSWERED = 10
+"""end the connection where nobody answers: after the 15 minutes for which the peer, too, would try to get its
+lines through a network that is down. One that only has nothing to send answers without knowing."""
+
 _NAMES = {CONFIG: "config", HEADER: "header", TEXT: "text"}
 _ID = struct.Struct("<H")
 _LENGTH = struct.Struct("<I")
@@ -87,11 +95,26 @@ class Message:
     """An ``ismrmrd.Image`` for IMAGE, None for CLOSE and WAVEFORM, else the text."""
 
 
+def _keep_alive(connection: socket.socket) -> None:
+    """Have the system notice a peer whose machine or network is gone: it would be waited for, for ever."""
+    if connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        ("TCP_KEEPIDLE", SILENT_FOR),
+        ("TCP_KEEPINTVL", ASKED_EVERY),
+        ("TCP_KEEPCNT", UNANSWERED),
+    ):
+        if hasattr(socket, option):  # else the system's own times
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
 class Wire:
     """Messages over one connected stream socket. Reads are buffered: nothing else may read the socket."""
 
     def __init__(self, connection: socket.socket, send_timeout: float = SEND_TIMEOUT) -> None:
         connection.settimeout(None)
+        _keep_alive(connection)
         self._socket = connection
         self._send_timeout = send_timeout
         self._buffer = bytearray(1 << 16)

@@ -197,6 +197,18 @@ def test_a_peer_that_is_gone_is_the_end_and_no_endless_loop(pair):
         Wire(pair[0]).read()
 
 
+def test_a_peer_whose_machine_is_gone_is_not_waited_for_for_ever():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        own, _ = listener.accept()
+    with client, own:
+        Wire(own)
+        assert own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        idle, between, count = (own.getsockopt(socket.IPPROTO_TCP, option) for option in options)
+        assert idle + between * count == 900
+
+
 def test_drain_reads_to_close_and_no_further(pair):
     raw = b"".join(map(message, acquisitions(scan(20)))) + CLOSE
     pair[1].sendall(raw + b"more")
