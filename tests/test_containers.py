@@ -270,6 +270,8 @@ def test_kubernetes_runs_the_same_image_the_same_way() -> None:
     (container,) = pod["containers"]
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    # a rolling update would start the new pod first, which waits for the GPU and the volume of the old one
+    assert objects["Deployment"]["spec"]["strategy"]["type"] == "Recreate"
     (watch,) = [rest for word, rest in _stages()["host"] if word == "HEALTHCHECK"]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["exec"]["command"] == json.loads(watch.split("CMD ", 1)[1]), probe
