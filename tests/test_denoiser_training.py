@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -36,6 +37,7 @@ from quantitron.training.loop import (
     train_network,
 )
 from quantitron.training.noise_batches import PatchPlan
+from quantitron.training.output_files import check_outputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -280,6 +282,40 @@ def test_checkpoints_are_whole_or_refused(tmp_path):
         load_checkpoint(folder, {})
     with pytest.raises(ScanError, match="holds no checkpoint"):
         load_checkpoint(tmp_path / "gone", {})
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_and_no_other_file(tmp_path, monkeypatch):
+    tensors = {"network.a": torch.arange(3.0)}
+    save_checkpoint(tmp_path / "old", TrainingState(step=1), tensors, {})
+    (tmp_path / "old" / ".step-00000007.safetensors.part").write_bytes(b"of a process that was killed")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        for folder in ("old", "new"):
+            with pytest.raises(ScanError, match=f"{folder} cannot be written: No space left on device"):
+                save_checkpoint(tmp_path / folder, TrainingState(step=2), tensors, {})
+    assert load_checkpoint(tmp_path / "old", {})[0].step == 1
+    assert {file.name for file in (tmp_path / "old").iterdir()} == {STATE, "step-00000001.safetensors"}
+    assert [folder.name for folder in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_folder_without_a_checkpoint_is_no_training_to_go_on_from(tmp_path):
+    folder, target = tmp_path / "a.checkpoint", tmp_path / "a.safetensors"
+    folder.mkdir()
+    unfinished = folder / ".step-00000007.safetensors.part"
+    unfinished.write_bytes(b"of a process that was killed")
+    check_outputs(target, folder, resume=False, overwrite=False)  # begins anew
+    with pytest.raises(ScanError, match="holds no checkpoint of a training"):
+        check_outputs(target, folder, resume=True, overwrite=False)
+    (folder / "step-00000007.safetensors").write_bytes(b"without what belongs to it")
+    with pytest.raises(ScanError, match="holds a training already: --overwrite starts anew"):
+        check_outputs(target, folder, resume=False, overwrite=False)
+    (tmp_path / "b.checkpoint").write_text("mine")
+    with pytest.raises(ScanError, match="is no folder"):
+        check_outputs(target, tmp_path / "b.checkpoint", resume=False, overwrite=True)
 
 
 @pytest.mark.parametrize(

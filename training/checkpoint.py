@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from quantitron.gadgets.errors import ScanError
 
 STATE = "state.json"
 """Names the file of tensors that belongs to it, and its checksum."""
+_UNFINISHED = ".part"
+"""Ends the name of a file that is being written."""
 
 
 @dataclass
@@ -46,7 +49,7 @@ class TrainingState:
 def save_checkpoint(
     folder: Path, state: TrainingState, tensors: Mapping[str, Tensor], identity: Mapping[str, object]
 ) -> None:
-    """Write a checkpoint; the one before is there until the new one is complete.
+    """Write a checkpoint; the one before is there until the new one is complete, and stays where it fails.
 
     Args:
         folder: made if it does not exist.
@@ -69,8 +72,9 @@ def save_checkpoint(
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _clear(folder)
         for file, data in ((name, content), (STATE, text.encode())):
-            partial = folder / f".{file}.part"
+            partial = folder / f".{file}{_UNFINISHED}"
             with partial.open("wb") as stream:
                 stream.write(data)
                 stream.flush()
@@ -80,7 +84,22 @@ def save_checkpoint(
             if old.name != name:
                 old.unlink()
     except OSError as error:
+        with suppress(OSError):  # the first error is the one to tell
+            _clear(folder)
+            folder.rmdir()  # only where it is empty
         raise ScanError(f"the checkpoint {folder} cannot be written: {error.strerror or error}") from error
+
+
+def holds_nothing(folder: Path) -> bool:
+    """Whether a folder for checkpoints holds but what a process left that was killed before its first one."""
+    return all(file.name.endswith(_UNFINISHED) for file in folder.iterdir())
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a process left that was killed, or whose disk was full, while it wrote."""
+    for name in (STATE, "step-*.safetensors"):
+        for unfinished in folder.glob(f".{name}{_UNFINISHED}"):
+            unfinished.unlink()
 
 
 def load_checkpoint(folder: Path, identity: Mapping[str, object]) -> tuple[TrainingState, dict[str, Tensor]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.output_file import check_no_input
+from quantitron.training.checkpoint import STATE, holds_nothing
 from quantitron.training.loop import Trained
 
 CARD, LOSSES, FIGURE = ".md", ".loss.csv", ".loss.png"
@@ -36,10 +37,14 @@ def check_outputs(
         check_no_input(written, *inputs)
         if written.exists() and not overwrite:
             raise ScanError(f"{written} is there already; --overwrite replaces it")
-    if checkpoint.exists() and not resume and not overwrite:
-        raise ScanError(f"{checkpoint} holds a training already: --resume goes on, --overwrite starts anew")
-    if resume and not checkpoint.is_dir():
+    held = (checkpoint / STATE).exists()
+    if resume and not held:
         raise ScanError(f"{checkpoint} holds no checkpoint of a training")
+    if checkpoint.exists() and not checkpoint.is_dir():
+        raise ScanError(f"{checkpoint} is no folder, and checkpoints would be written there")
+    if checkpoint.exists() and not (resume or overwrite or holds_nothing(checkpoint)):
+        goes_on = "--resume goes on, " if held else ""
+        raise ScanError(f"{checkpoint} holds a training already: {goes_on}--overwrite starts anew")
     if not output.parent.is_dir():
         raise ScanError(f"there is no folder {output.parent}")
     if not os.access(output.parent, os.W_OK):
