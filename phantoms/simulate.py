@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.header import make_header
 from quantitron.gadgets.image_file import TRUTH_GROUP, reason, write_images
-from quantitron.gadgets.output_file import check_no_input
+from quantitron.gadgets.output_file import check_no_input, discard
 from quantitron.phantoms.acquisition_order import Pass, acquisition_headers, order_passes
 from quantitron.phantoms.anatomy import Anatomy
 from quantitron.phantoms.coils import noise_covariance
@@ -243,7 +243,7 @@ def simulate(
     except OSError as error:
         raise ScanError(f"cannot write {output}: {reason(error)}") from error
     finally:
-        part.unlink(missing_ok=True)
+        discard(part)
     total = sum(len(lines) for lines in passes)
     reached = slices * protocol.frames * grid[0] * grid[1] / total
     logger.info("%s: %d lines of %d x %d samples, R = %.2f", output, total, coils, points, reached)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.header import make_header
 from quantitron.gadgets.image_file import TRUTH_GROUP, reason, write_images
-from quantitron.gadgets.output_file import check_no_input
+from quantitron.gadgets.output_file import check_no_input, discard
 from quantitron.phantoms.coils import noise_covariance
 from quantitron.phantoms.encode import POINT_SPREADS, PointSpread
 from quantitron.phantoms.fingerprint_order import (
@@ -234,16 +234,24 @@ def simulate_fingerprint(
             samples += lines.shape[0] * lines.shape[2]
         write_images(part, TRUTH_GROUP, truth_images(scenes, protocol, positions, extent, covariance, seed))
         if b1_map is not None:
-            np.savez_compressed(b1_map, b1=np.stack([transmit_map(scene) for scene in scenes]))
+            _write_b1(b1_map, np.stack([transmit_map(scene) for scene in scenes]))
         os.replace(part, output)
     except OSError as error:
         raise ScanError(f"cannot write {output}: {reason(error)}") from error
     finally:
-        part.unlink(missing_ok=True)
+        discard(part)
     total = sum(len(train.time_point) for train in played)
     reached = slices * protocol.contrasts * math.prod(grid) / samples
     logger.info("%s: %d spirals of %d x %d samples, R = %.2f", output, total, coils, arms.shape[1], reached)
     return Simulation(output, total, noise_lines, reached, deviation, covariance, brightest)
+
+
+def _write_b1(path: Path, b1: NDArray[np.float32]) -> None:
+    """Write a transmit field (s, z, y, x), or say in one sentence (ScanError) why not."""
+    try:
+        np.savez_compressed(path, b1=b1)
+    except OSError as error:
+        raise ScanError(f"cannot write {path}: {reason(error)}") from error
 
 
 Readouts: TypeAlias = Iterator[tuple[NDArray[np.void], NDArray[np.float32], NDArray[np.complex64]]]

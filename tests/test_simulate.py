@@ -605,5 +605,7 @@ def test_output_is_whole_or_not_there(tmp_path, phantom, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["raw.h5"]
     with pytest.raises(ScanError, match="cannot write"):
         simulate(**(arguments | {"output": tmp_path / "nowhere" / "raw.h5"}))
+    with pytest.raises(ScanError, match=r"cannot write .*raw.h5/inside.h5: Not a directory"):
+        simulate(**(arguments | {"output": output / "inside.h5"}))
     simulate(overwrite=True, **arguments)
     assert ismrmrd.Dataset(str(output), "dataset", False).read_acquisition(0).active_channels == 8

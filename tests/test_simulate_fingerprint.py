@@ -473,6 +473,8 @@ def test_the_true_transmit_field_is_written_where_asked(tmp_path, phantom):
     assert np.allclose(read_b1_map(str(path), make_context(header)), found)
     with pytest.raises(ScanError, match=r"b1\.npz exists"):
         scan(tmp_path, phantom, b1_map=path, output=tmp_path / "other.h5")
+    with pytest.raises(ScanError, match=r"cannot write .*nowhere/b1.npz: No such file"):
+        scan(tmp_path, phantom, b1_map=tmp_path / "nowhere" / "b1.npz", output=tmp_path / "other.h5")
     assert made.output.exists()
 
 

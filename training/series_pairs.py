@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from quantitron.gadgets.errors import ScanError
+from quantitron.gadgets.output_file import discard
 from quantitron.phantoms.anatomy import Anatomy
 from quantitron.phantoms.simulate import load_anatomy
 from quantitron.recon.canonical_series import canonical_series, protocol_checksum, tissue_axes
@@ -260,7 +261,7 @@ def _write(path: Path, pair: SeriesPair) -> None:
     except OSError as error:
         raise ScanError(f"{path} cannot be written: {error.strerror}") from error
     finally:
-        part.unlink(missing_ok=True)
+        discard(part)
 
 
 def _read(path: Path) -> SeriesPair | None:
