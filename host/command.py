@@ -29,6 +29,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # it takes [default: ...] in help for a style and leaves it out
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 logger = logging.getLogger("quantitron")

@@ -12,8 +12,10 @@ from types import ModuleType
 
 import pytest
 from stand_in import gather, pipeline, scan, write_raw
+from typer.testing import CliRunner
 
 from quantitron.host import doctor
+from quantitron.host.command import app
 from quantitron.host.doctor import hash_grid
 from quantitron.pipelines import pipeline_names
 
@@ -39,6 +41,20 @@ def test_help_names_the_commands_and_does_not_load_torch():
     code += "except SystemExit: pass\nprint('torch' in sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [
+        ("simulate", "[default: 112,112,16; fisp_mrf 192,192,1]"),
+        ("simulate", "[default: jiang]"),
+        ("train-denoiser", "[default: 20000, or as many as fit --minutes]"),
+        ("train-arnet", "[default: the schedule's]"),
+    ],
+)
+def test_help_tells_defaults_that_depend_on_other_options(name, default):
+    told = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).stdout
+    assert default in " ".join(told.split())
 
 
 @pytest.mark.parametrize(
