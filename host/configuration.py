@@ -38,11 +38,16 @@ def load_pipeline(name: str) -> tuple[str, str]:
             return path.read_text(encoding="utf-8"), str(path)
         except (OSError, UnicodeDecodeError) as error:
             raise ScanError(f"pipeline file {name} cannot be read ({error})") from error
-    return pipeline_text(known_pipeline(name)), f"pipeline {known_pipeline(name)}"
+    known = known_pipeline(name, ", or the path of an XML file")
+    return pipeline_text(known), f"pipeline {known}"
 
 
-def known_pipeline(name: str) -> str:
+def known_pipeline(name: str, besides: str = "") -> str:
     """``name`` without ``.xml``, if a pipeline of that name comes with the package.
+
+    Args:
+        name: such as ``subspace``.
+        besides: what else may be given; ends the sentence of an error.
 
     Raises:
         ScanError: if there is none; the sentence names those that there are.
@@ -50,7 +55,7 @@ def known_pipeline(name: str) -> str:
     short = name.removesuffix(".xml")
     if short not in pipeline_names():
         names = ", ".join(pipeline_names())
-        raise ScanError(f"there is no pipeline '{name}'; pipelines are: {names}, or the path of an XML file")
+        raise ScanError(f"there is no pipeline '{name}'; pipelines are: {names}{besides}")
     return short
 
 

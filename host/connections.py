@@ -106,7 +106,11 @@ def _accept(
             time.sleep(0.5)  # until one of those running ends
         return
     with connection:
-        process = os.fork()
+        try:
+            process = os.fork()
+        except OSError as error:  # no memory, or as many processes as there may be: those running go on
+            logger.error("no process for the connection from %s:%d: %s", peer[0], peer[1], error.strerror)
+            return
         if process == 0:
             _serve(connection, listener, session, pipe)
     running.add(process)

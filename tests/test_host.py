@@ -26,6 +26,7 @@ from quantitron.gadgets.wire import Message, Wire
 from quantitron.host.client import parse_address, send_scan
 from quantitron.host.configuration import (
     external_configuration,
+    known_pipeline,
     load_pipeline,
     override,
     parse_pipeline,
@@ -165,8 +166,10 @@ def test_pipelines_are_found_by_name_and_by_path(tmp_path):
     assert load_pipeline("subspace") == load_pipeline("subspace.xml")
     (tmp_path / "own.xml").write_text("<configuration/>")
     assert load_pipeline(str(tmp_path / "own.xml"))[0] == "<configuration/>"
-    with pytest.raises(ScanError, match=r"no pipeline 'lorain'; pipelines are: .*subspace"):
+    with pytest.raises(ScanError, match=r"no pipeline 'lorain'; pipelines are: .*subspace.* or the path of"):
         load_pipeline("lorain")
+    with pytest.raises(ScanError, match=r"no pipeline '.*own\.xml'; pipelines are: .*svdmrf$"):
+        known_pipeline(str(tmp_path / "own.xml"))  # as servers do: a client must not name files
 
 
 def test_addresses():
@@ -460,6 +463,33 @@ def test_a_stopped_server_tells_its_clients_and_leaves_no_process():
     assert "stopped before the scan was done" in messages[-2].payload
     with pytest.raises(OSError, match="refused"):
         host.connect()
+
+
+NO_PROCESS = """import os
+fork, calls = os.fork, []
+def once_in_vain():
+    calls.append(None)
+    if len(calls) == 1:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    return fork()
+os.fork = once_in_vain
+"""
+
+
+def test_a_connection_for_which_there_is_no_process_does_not_end_the_server(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(NO_PROCESS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    host = Host("serve")
+    with host.connect() as connection:
+        assert connection.recv(1) == b""
+    with host.connect() as connection:
+        messages = conversation(
+            connection, (protocol.CONFIG, pipeline(gather())), (protocol.HEADER, HEADER), data() + CLOSE
+        )
+    assert protocol.IMAGE in kinds(messages)
+    status, log = host.stop()
+    assert status == 0, log
+    assert "no process for the connection from 127.0.0.1" in log
 
 
 def test_a_port_that_is_taken_is_one_sentence(server):
