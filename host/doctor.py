@@ -101,6 +101,8 @@ def _packages() -> list[Finding]:
 def _devices() -> list[Finding]:
     import torch
 
+    from quantitron.recon.device import choose_device
+
     wanted = os.environ.get("QUANTITRON_DEVICE", "")
     findings = [Finding("cpu", "ok", f"{os.cpu_count()} processors, {torch.get_num_threads()} threads")]
     available = torch.cuda.is_available()
@@ -115,12 +117,9 @@ def _devices() -> list[Finding]:
         findings.append(nonuniform_fourier())
     if wanted:
         try:
-            device = torch.device(wanted)
-            fit = device.type == "cpu" or (available and (device.index or 0) < torch.cuda.device_count())
-        except RuntimeError:
-            fit = False
-        detail = f"{wanted} {'is there' if fit else 'is not a device of this machine'}"
-        findings.append(Finding("QUANTITRON_DEVICE", "ok" if fit else "broken", detail))
+            findings.append(Finding("QUANTITRON_DEVICE", "ok", f"{wanted}: {choose_device()}"))
+        except ValueError as error:
+            findings.append(Finding("QUANTITRON_DEVICE", "broken", str(error)))
     return findings
 
 

@@ -22,8 +22,10 @@ def choose_device(wanted: str = "auto") -> torch.device:
     """
     source = f"device '{wanted}'"
     if wanted == "auto":
-        wanted = os.environ.get(ENVIRONMENT, "") or ("cuda" if torch.cuda.is_available() else "cpu")
-        source = f"{ENVIRONMENT}={wanted}" if ENVIRONMENT in os.environ else f"device '{wanted}'"
+        wanted = os.environ.get(ENVIRONMENT) or "auto"
+        source = f"{ENVIRONMENT}={wanted}"
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = wanted.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
         raise ValueError(f"{source} is none of auto, cpu, cuda, cuda:N")

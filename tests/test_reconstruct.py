@@ -204,6 +204,9 @@ def test_devices(monkeypatch):
     assert choose_device("auto") == torch.device("cpu")
     with pytest.raises(ValueError, match="no CUDA GPU is available"):
         choose_device("cuda")
+    for unsaid in ("", "auto"):
+        monkeypatch.setenv(ENVIRONMENT, unsaid)
+        assert choose_device("auto") == torch.device("cpu")
     monkeypatch.setenv(ENVIRONMENT, "cuda:1")
     with pytest.raises(ValueError, match="QUANTITRON_DEVICE=cuda:1 was asked for"):
         choose_device("auto")
