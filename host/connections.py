@@ -15,6 +15,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 from quantitron.gadgets.errors import ScanError
@@ -124,13 +125,20 @@ def _serve(
     pipe: tuple[int, int],
 ) -> None:
     """The life of the forked process; it does not return."""
+
+    def stopped(_: int, __: FrameType | None) -> None:
+        # A thread that sits waiting for the next line is let go: it would be waited for, up to GRACE.
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RD)
+        raise Stopped
+
     status = 1
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         # Ctrl-C reaches all processes of a terminal; the parent tells when to stop
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, _stopped)
+        signal.signal(signal.SIGTERM, stopped)
         listener.close()
         for end in pipe:
             os.close(end)
@@ -143,10 +151,6 @@ def _serve(
         connection.close()
         logging.shutdown()
         os._exit(status)  # nothing of the parent's cleanup may run here
-
-
-def _stopped(_: int, __: FrameType | None) -> None:
-    raise Stopped
 
 
 def _reap(running: set[int]) -> None:

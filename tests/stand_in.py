@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -16,6 +17,7 @@ from ismrmrd.hdf5 import acquisition_dtype
 from quantitron.gadgets.acquisition_block import HEADER_DTYPE, AcquisitionBlock, blocks_of
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget
+from quantitron.gadgets.read_ahead import read_ahead
 
 HEADER = """<?xml version="1.0" encoding="UTF-8"?>
 <ismrmrdHeader xmlns="http://www.ismrm.org/ISMRMRD">
@@ -110,10 +112,11 @@ class Gather(Gadget):
     def __call__(self, items: Iterable[AcquisitionBlock], context: Context) -> Iterator[ismrmrd.Image]:
         total = np.zeros(self.points, dtype=np.float32)
         lines = 0
-        for block in blocks_of(items):
-            # one sum a block, so that the order of summing depends on where blocks are cut
-            total[: block.data.shape[-1]] += np.abs(block.data).sum(axis=(0, 1), dtype=np.float32)
-            lines += len(block)
+        with closing(read_ahead(blocks_of(items))) as blocks:  # as accumulate does
+            for block in blocks:
+                # one sum a block, so that the order of summing depends on where blocks are cut
+                total[: block.data.shape[-1]] += np.abs(block.data).sum(axis=(0, 1), dtype=np.float32)
+                lines += len(block)
         if lines < self.least:
             raise ScanError(f"only {lines} of {self.least} lines came")
         for index in range(self.images):
