@@ -30,6 +30,8 @@ from quantitron.recon.solvers import SOLVERS, Solver, Subspace
 
 logger = logging.getLogger("quantitron")
 
+_SEEDS = {"minimum": 0, "maximum": gadget_settings.LARGEST_SEED}
+
 
 @dataclass(frozen=True)
 class Reconstruct(Gadget):
@@ -44,7 +46,7 @@ class Reconstruct(Gadget):
     """Method, one of ``recon.solvers.SOLVERS``."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
-    seed: int = 0
+    seed: int = field(default=0, metadata=_SEEDS)
     """Seed of everything random."""
     b1_map: str = ""
     """File (.npz or .npy) that holds ``b1``, actual over nominal flip angle; only ``fisp_mrf``."""
@@ -207,7 +209,7 @@ class _Own:
 
     solver: str = Reconstruct.solver
     device: str = Reconstruct.device
-    seed: int = Reconstruct.seed
+    seed: int = field(default=Reconstruct.seed, metadata=_SEEDS)
     b1_map: str = Reconstruct.b1_map
 
     def with_method(self, method: Solver) -> Reconstruct:

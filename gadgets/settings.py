@@ -18,6 +18,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from quantitron.gadgets.errors import ScanError
 
+LARGEST_SEED = 2**63 - 1
+"""What every generator of random numbers takes, from 0 on."""
+
 _T = TypeVar("_T")
 
 _TRUE = ("true", "yes", "on", "1")

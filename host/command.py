@@ -20,7 +20,7 @@ import typer
 
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.output_file import check_no_input
-from quantitron.host.options import Json, Overwrite, numbers
+from quantitron.host.options import Json, Overwrite, Seed, numbers
 from quantitron.host.training_commands import add_training_commands
 
 app = typer.Typer(
@@ -114,7 +114,7 @@ def simulate(
         float | None,
         typer.Option(min=0.0, help="As DESIGN defines it; 0 is noise-free.  [default: 30; fisp_mrf 10]"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Seed = 0,
     slices: Annotated[int, typer.Option(min=1, help="Slices, each with a k-space of its own.")] = 1,
     excitations: Annotated[
         int | None, typer.Option(min=1, help="Excitations after each preparation.")

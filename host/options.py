@@ -6,7 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
+from quantitron.gadgets.settings import LARGEST_SEED
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of everything random.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 
 

@@ -13,7 +13,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from quantitron.host.options import Json, Overwrite, noise_levels, numbers
+from quantitron.gadgets.settings import LARGEST_SEED
+from quantitron.host.options import Json, Overwrite, Seed, noise_levels, numbers
 
 logger = logging.getLogger("quantitron")
 
@@ -66,7 +67,7 @@ def train_denoiser(
         float, typer.Option(min=0.0, max=1.0, help="Share of the patches that are turned and zoomed.")
     ] = 0.5,
     validate_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 500,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Seed = 0,
     resume: Annotated[
         Path | None, typer.Option(metavar="CHECKPOINT", help="Folder of the checkpoint to go on from.")
     ] = None,
@@ -130,7 +131,9 @@ class SeriesOptions:
         "jiang"
     )
     points: Annotated[int | None, typer.Option(min=1, help="Time points.  [default: the schedule's]")] = None
-    schedule_seed: Annotated[int, typer.Option(help="Of jiang: what simulate had as --seed.")] = 0
+    schedule_seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of jiang: what simulate had as --seed.")
+    ] = 0
     matrix: Annotated[str, typer.Option(help="x,y voxels of a slice.")] = "192,192"
     fov: Annotated[str, typer.Option(help="x,y and thickness in mm.")] = "220,220,5"
     coils: Annotated[int, typer.Option(min=1, help="Receive channels.")] = 8
@@ -149,7 +152,7 @@ class SeriesOptions:
         float, typer.Option(help="Share that validates: an end of each phantom, or of 5 and more whole ones.")
     ] = 0.1
     validate_every: Annotated[int, typer.Option(min=1, help="Steps between validations.")] = 500
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0
+    seed: Seed = 0
     resume: Annotated[
         Path | None, typer.Option(metavar="CHECKPOINT", help="Folder of the checkpoint to go on from.")
     ] = None

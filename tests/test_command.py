@@ -66,6 +66,9 @@ def test_help_tells_defaults_that_depend_on_other_options(name, default):
         ["replay", "x.h5"],
         ["serve", "--port", "x"],
         ["simulate", "megre", "-o", "x.h5", "--matrix", "1,2"],
+        ["simulate", "megre", "-o", "x.h5", "--seed", "-1"],
+        ["train-denoiser", "--data", "x", "-o", "x.safetensors", "--seed", "99999999999999999999"],
+        ["train-arnet", "mni", "-o", "x.safetensors", "--schedule-seed", "-1"],
     ],
 )
 def test_wrong_usage_is_exit_code_2(arguments):

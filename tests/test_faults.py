@@ -219,6 +219,8 @@ def test_the_scan_of_these_tests_can_be_reconstructed(raw, tmp_path):
         ("recon.rank=3", "unknown gadget 'recon'; did you mean 'reconstruct'?"),
         ("basis.rank=99", "rank 99 is above"),
         ("reconstruct.rank=99", "rank 99 is above"),
+        ("reconstruct.seed=-1", "'seed' is '-1', but must be at least 0"),
+        ("reconstruct.seed=99999999999999999999", "must be at most 9223372036854775807"),
         ("accumulate.sequence=t3_gre", "'t3_gre'"),
         ("accumulate.sequence=vfa_gre", "vfa_gre needs two or more"),
     ],
