@@ -7,6 +7,7 @@ decided before it alone, so that the way in which a stream is cut into blocks do
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -37,8 +38,8 @@ class NoiseAdjust(Gadget):
     The product with the whitening matrix is left to ``remove_oversampling`` (``AcquisitionBlock.mixing``).
 
     Channels without noise, and those whose noise is a combination of that of others, are left out. Noise
-    lines count from the start of the stream to the first line of the scan proper. Without any, lines
-    pass as they are and ``context.noise_known`` stays False.
+    lines count from the start of the stream to the first line of the scan proper. Without any, lines are only
+    brought to a common scale (``_CommonScale``) and ``context.noise_known`` stays False.
     """
 
     name: ClassVar[str] = "noise_adjust"
@@ -53,6 +54,7 @@ class NoiseAdjust(Gadget):
         """
         noise: list[AcquisitionBlock] = []
         whitening: _Whitening | None = None
+        scale = _CommonScale()
         begun = False
         for block in blocks_of(items):
             is_noise = flagged(block, NOISE)
@@ -71,7 +73,7 @@ class NoiseAdjust(Gadget):
                 context.note("noise lines that came after the first imaging line were not used")
             for run in runs(block, chosen):
                 if whitening is None:
-                    yield run
+                    yield scale.apply(run)
                 else:
                     yield from whitening.apply(run)
 
@@ -159,6 +161,39 @@ class _Whitening:
         factor = (dwell / self.dwell if known else 1.0) * self.ratio
         scaled: NDArray[np.complex64] = (self.matrix * np.sqrt(factor)).astype(np.complex64)
         return scaled
+
+
+class _CommonScale:
+    """Brings samples of no known noise to the order of 1, for receivers count in units of their own.
+
+    Single precision holds samples of 1e20 and of 1e-24, but not their squares; of smaller numbers not the
+    squares of energies. The factor is a power of two, which changes nothing but exponents, and the first line
+    that holds anything sets it.
+    """
+
+    def __init__(self) -> None:
+        """Nothing has been seen."""
+        self._factor: np.float32 | None = None
+
+    def apply(self, block: AcquisitionBlock) -> AcquisitionBlock:
+        """The block on the common scale. Samples that are not finite stay, and tell no scale."""
+        if self._factor is None:
+            self._factor = self._of_first(block)
+        if self._factor is None or self._factor == 1:
+            return block
+        parts = np.ascontiguousarray(block.data).view(np.float32)  # a complex product turns infinity to NaN
+        return replace(block, data=(parts * self._factor).view(np.complex64))
+
+    @staticmethod
+    def _of_first(block: AcquisitionBlock) -> np.float32 | None:
+        """From the largest sample of the first line with one; None where all are zero."""
+        for line in block.data:
+            parts = np.abs(np.ascontiguousarray(line).view(np.float32))
+            largest = float(np.max(parts, where=np.isfinite(parts), initial=0.0))
+            if largest > 0:
+                limit = np.finfo(np.float32).maxexp - 2  # of factors that single precision holds
+                return np.float32(2.0 ** float(np.clip(-math.frexp(largest)[1], -limit, limit)))
+        return None
 
 
 # -------------------------------------------------------------------------------------- readout oversampling

@@ -92,11 +92,26 @@ def test_noise_may_be_interleaved_before_the_first_line_only():
 
 
 def test_scan_without_noise_passes_and_says_so():
-    data = correlated((4, COILS, 32), 1)
+    data = correlated((4, COILS, 32), 1).astype(np.complex64)
     samples, scan = whitened(numbered(block(data)))
-    np.testing.assert_array_equal(samples, data.astype(np.complex64))
+    factor = samples[0, 0, 0] / data[0, 0, 0]
+    assert np.log2(factor) == round(np.log2(factor.real))  # a power of two: not a bit is lost
+    np.testing.assert_array_equal(samples, data * factor.real)
     assert not scan.noise_known
     assert "no noise lines" in scan.notes[0]
+
+
+@pytest.mark.parametrize("exponent", [-110, -80, -40, 40, 80, 120])
+def test_scan_without_noise_may_have_any_unit(exponent):
+    """Squares of samples of 1e20 or 1e-24 are infinite or nothing in single precision."""
+    data = correlated((4, COILS, 32), 1).astype(np.complex64)
+    data[0] = 0  # tells no scale
+    data[1, 2, 3] = complex(np.nan, np.inf)
+    expected, _ = whitened(numbered(block(data)))
+    scaled = np.ldexp(data.view(np.float32), exponent).view(np.complex64)
+    samples, _ = whitened(numbered(block(scaled[:1]), block(scaled[1:3]), block(scaled[3:])))
+    np.testing.assert_array_equal(samples, expected)
+    assert 0.5 <= np.nanmax(np.abs(np.where(np.isfinite(samples[1]), samples[1], 0).view(np.float32))) < 1
 
 
 def test_few_noise_samples_take_out_variances_only():
