@@ -22,13 +22,19 @@ def require_distinct_contrasts(protocol: Protocol, excitation_counter: str | Non
     thus T2 where the efficiency is stated, and takes three excitations, for s, d and p.
 
     Args:
-        protocol: of any sequence; only ``vfa_gre`` and ``t2ir_gre`` are looked at.
+        protocol: of any sequence.
         excitation_counter: counter of the excitations of ``t2ir_gre``, for the sentence.
 
     Raises:
-        ScanError: if the flip angles of ``vfa_gre``, or the excitations, preparations or inversion efficiency
-            of ``t2ir_gre``, leave T1 or T2 open; the sentence names the header's element.
+        ScanError: if the flip angles of ``vfa_gre``, the time points of ``fisp_mrf``, or the excitations,
+            preparations or inversion efficiency of ``t2ir_gre``, leave T1 or T2 open; the sentence names the
+            header's element.
     """
+    if protocol.sequence == "fisp_mrf" and protocol.contrasts < 3:
+        raise ScanError(
+            f"the schedule has {protocol.contrasts} time points; fisp_mrf needs three or more to tell T1, T2 "
+            "and PD"
+        )
     if protocol.sequence == "vfa_gre" and not _differ(protocol.flip_angle):
         angles = listed([math.degrees(angle) for angle in protocol.flip_angle])
         raise ScanError(

@@ -269,6 +269,7 @@ def read_protocol(
         raise ScanError("the header gives no echo time (sequenceParameters.TE)")
     if sequence == "fisp_mrf":
         protocol = fingerprint_protocol(header, axes["ti"], counter_length(header, axes["ti"]), notes)
+        require_distinct_contrasts(protocol, None)
         return replace(protocol, field_strength=_field_strength(header), phase_sign=phase_sign)
     echo_time, repetition, inversion_time = scan_times(
         parameters.TE,

@@ -18,6 +18,7 @@ from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.header import make_header
 from quantitron.gadgets.image_file import TRUTH_GROUP, reason, write_images
 from quantitron.gadgets.output_file import check_no_input, discard
+from quantitron.gadgets.readable_header import require_readable
 from quantitron.phantoms.acquisition_order import Pass, acquisition_headers, order_passes
 from quantitron.phantoms.anatomy import Anatomy
 from quantitron.phantoms.coils import noise_covariance
@@ -173,6 +174,19 @@ def simulate(
         fov = default_field_of_view(str(phantom), anatomy, matrix[2])
     grid = (matrix[2], matrix[1], matrix[0])
     extent = (fov[2] * 1e-3, fov[1] * 1e-3, fov[0] * 1e-3)
+    encoding = Encoding(matrix=grid, field_of_view=extent, delivered_matrix=grid, slices=slices, coils=coils)
+    stated = state_efficiency and sequence == "t2ir_gre"
+    header = make_header(
+        encoding,
+        replace(protocol, inversion_efficiency=inversion_efficiency) if stated else protocol,
+        readout_oversampling=readout_oversampling,
+        acceleration=(1, max(1, round(acceleration))),
+        calibration=calibration == "embedded",
+        relative_receiver_noise_bandwidth=1.0,
+    )
+    if calibration == "separate":
+        header.encoding[0].parallelImaging.calibrationMode = ismrmrd.xsd.calibrationModeType.SEPARATE
+    require_readable(header, protocol)
     heights = [(number - slices // 2) * extent[0] for number in range(slices)]
     scenes = [
         make_scene(
@@ -210,18 +224,6 @@ def simulate(
     covariance = deviation**2 * noise_covariance(coils, np.random.default_rng([seed, 3]))
     noise = ChannelNoise(covariance, seed)
 
-    encoding = Encoding(matrix=grid, field_of_view=extent, delivered_matrix=grid, slices=slices, coils=coils)
-    stated = state_efficiency and sequence == "t2ir_gre"
-    header = make_header(
-        encoding,
-        replace(protocol, inversion_efficiency=inversion_efficiency) if stated else protocol,
-        readout_oversampling=readout_oversampling,
-        acceleration=(1, max(1, round(acceleration))),
-        calibration=calibration == "embedded",
-        relative_receiver_noise_bandwidth=1.0,
-    )
-    if calibration == "separate":
-        header.encoding[0].parallelImaging.calibrationMode = ismrmrd.xsd.calibrationModeType.SEPARATE
     points = int(header.encoding[0].encodedSpace.matrixSize.x)
     passes = order_passes(samplings, protocol, frame)
     positions = [(0.0, 0.0, 1e3 * height) for height in heights]

@@ -26,6 +26,7 @@ from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.header import make_header
 from quantitron.gadgets.image_file import TRUTH_GROUP, reason, write_images
 from quantitron.gadgets.output_file import check_no_input, discard
+from quantitron.gadgets.readable_header import require_readable
 from quantitron.phantoms.coils import noise_covariance
 from quantitron.phantoms.encode import POINT_SPREADS, PointSpread
 from quantitron.phantoms.fingerprint_order import (
@@ -167,6 +168,11 @@ def simulate_fingerprint(
         fov = default_field_of_view(str(phantom), anatomy, matrix[2])
     grid = (matrix[2], matrix[1], matrix[0])
     extent = (fov[2] * 1e-3, fov[1] * 1e-3, fov[0] * 1e-3)
+    encoding = Encoding(grid, extent, grid, slices, coils, trajectory="spiral")
+    header = make_header(encoding, protocol, interleaves=interleaves, relative_receiver_noise_bandwidth=1.0)
+    if calibration == "separate":
+        header.encoding[0].parallelImaging.calibrationMode = ismrmrd.xsd.calibrationModeType.SEPARATE
+    require_readable(header, protocol)
     arms = _arms(spiral or SpiralDesign(), grid, extent, interleaves)
     heights = [1e-3 * height + (number - slices // 2) * extent[0] for number in range(slices)]
     scenes = [
@@ -190,10 +196,6 @@ def simulate_fingerprint(
     covariance = deviation**2 * noise_covariance(coils, np.random.default_rng([seed, 3]))
     noise = ChannelNoise(covariance, seed)
 
-    encoding = Encoding(grid, extent, grid, slices, coils, trajectory="spiral")
-    header = make_header(encoding, protocol, interleaves=interleaves, relative_receiver_noise_bandwidth=1.0)
-    if calibration == "separate":
-        header.encoding[0].parallelImaging.calibrationMode = ismrmrd.xsd.calibrationModeType.SEPARATE
     planes = math.ceil(math.pi / 2 * max(matrix[:2]))
     if volume == "stack":
         chosen = acquired_interleaves(interleaves, acquired)

@@ -571,6 +571,37 @@ def test_impossible_scans_are_refused(tmp_path, phantom, arguments, sentence):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"sequence": "vfa_gre", "flip_angles": (0.1, 0.1)}, "vfa_gre needs two that differ to tell T1"),
+        ({"sequence": "megre", "echo_times": (2e-3, 2.0000000001e-3)}, "not positive and ascending"),
+        ({"sequence": "t2ir_gre", "excitations": 1}, "1 excitation after each preparation"),
+        (
+            {"sequence": "t2ir_gre", "excitations": 8, "preparation_times": (0.02,)},
+            "two that differ to tell T2",
+        ),
+        (
+            {"sequence": "t2ir_gre", "excitations": 8, "inversion_efficiency": 0.0, "state_efficiency": True},
+            "without an inversion nothing",
+        ),
+        (
+            {"sequence": "megre", "echo_times": (1e-4, 2e-4), "repetition_time": 5e-4},
+            "no header can say this echo time: TE of 0.1, 0.2 makes no sense in ms",
+        ),
+        (
+            {"sequence": "t2ir_gre", "excitations": 8, "preparation_times": (0.0, 4e-4)},
+            "no header can say this preparation time",
+        ),
+    ],
+)
+def test_scans_that_no_reconstruction_would_take_are_refused(tmp_path, phantom, arguments, sentence):
+    """By the check of the reconstruction, before anything is written."""
+    with pytest.raises(ScanError, match=sentence):
+        simulate(output=tmp_path / "raw.h5", phantom=phantom, **SMALL, **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_map_is_named(tmp_path):
     path = write_phantom(tmp_path / "phantom.npz")
     with np.load(path) as content:

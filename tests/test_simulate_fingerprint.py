@@ -515,6 +515,8 @@ def test_a_slice_through_a_plate_of_the_nist_phantom(tmp_path, height, plate):
         ),
         ({"order": "shuffled", "step": 5}, "belongs to the order sequential"),
         ({"points": 1}, "points is 1"),
+        ({"points": 2}, "2 time points; fisp_mrf needs three or more to tell T1, T2 and PD"),
+        ({"inversion_time": 1e-4}, "no header can say this inversion time: TI of 0.1 makes no sense in ms"),
         ({"volume": "ball"}, "volume is 'ball'"),
         ({"volume": "tilted"}, "the matrix has one partition"),
         ({"trains": 2}, "belongs to tilted"),
