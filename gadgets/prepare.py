@@ -38,8 +38,9 @@ class NoiseAdjust(Gadget):
     The product with the whitening matrix is left to ``remove_oversampling`` (``AcquisitionBlock.mixing``).
 
     Channels without noise, and those whose noise is a combination of that of others, are left out. Noise
-    lines count from the start of the stream to the first line of the scan proper. Without any, lines are only
-    brought to a common scale (``_CommonScale``) and ``context.noise_known`` stays False.
+    lines count from the start of the stream to the first line of the scan proper. Without any, lines pass as
+    they are, unless their numbers are too large or small to compute with (``_CommonScale``), and
+    ``context.noise_known`` stays False.
     """
 
     name: ClassVar[str] = "noise_adjust"
@@ -164,12 +165,16 @@ class _Whitening:
 
 
 class _CommonScale:
-    """Brings samples of no known noise to the order of 1, for receivers count in units of their own.
+    """Brings very large or small samples of no known noise to the order of 1.
 
-    Single precision holds samples of 1e20 and of 1e-24, but not their squares; of smaller numbers not the
-    squares of energies. The factor is a power of two, which changes nothing but exponents, and the first line
-    that holds anything sets it.
+    Receivers count in units of their own, and single precision holds samples of 1e20 and of 1e-24, but not
+    their squares; of smaller numbers not the squares of energies. The factor is a power of two, which changes
+    nothing but exponents, and the first line that holds anything sets it. Samples of usual size stay, so that
+    the proton densities of two scans in the same unit compare.
     """
+
+    USUAL = 30
+    """Exponent of two up to which samples and their reciprocals are of usual size: 1e9."""
 
     def __init__(self) -> None:
         """Nothing has been seen."""
@@ -186,13 +191,16 @@ class _CommonScale:
 
     @staticmethod
     def _of_first(block: AcquisitionBlock) -> np.float32 | None:
-        """From the largest sample of the first line with one; None where all are zero."""
+        """From the largest sample of the first line with one, 1 for a usual one; None where all are zero."""
         for line in block.data:
             parts = np.abs(np.ascontiguousarray(line).view(np.float32))
             largest = float(np.max(parts, where=np.isfinite(parts), initial=0.0))
             if largest > 0:
+                exponent = math.frexp(largest)[1]
+                if abs(exponent) <= _CommonScale.USUAL:
+                    return np.float32(1)
                 limit = np.finfo(np.float32).maxexp - 2  # of factors that single precision holds
-                return np.float32(2.0 ** float(np.clip(-math.frexp(largest)[1], -limit, limit)))
+                return np.float32(2.0 ** float(np.clip(-exponent, -limit, limit)))
         return None
 
 
