@@ -15,6 +15,7 @@ from quantitron.gadgets.dictionary_cache import cached_dictionary
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget, SliceProblem
 from quantitron.gadgets.image_geometry import slab_order
+from quantitron.gadgets.protocol_precision import precision_notes
 from quantitron.recon.data import (
     Basis,
     Calibration,
@@ -75,13 +76,15 @@ class BasisGadget(Gadget):
 
     def prepare(self, context: Context) -> None:
         """Check the settings, set ``context.basis`` of a Cartesian scan whose protocol determines it, and ask
-        for navigators where it comes from them.
+        for navigators where it comes from them. What the protocol hardly tells is noted.
 
         Raises:
             ScanError: if the rank is neither a number of columns nor an energy, or above the number of
                 contrasts, or settings do not fit the sequence or each other.
         """
         sequence = context.protocol.sequence
+        for sentence in precision_notes(context.protocol):
+            context.note(sentence)
         context.needs_navigators = self.source == "navigator" and context.encoding.trajectory == "cartesian"
         rank = self.columns_or_energy(sequence)
         if self.rank is not None and self.rank >= 1 and self.rank != rank:
