@@ -271,7 +271,7 @@ def _settings_layers(
     layers: list[Layer] = [("", "", {})]
     if method in settings_names():
         file = f"settings/{method}.yaml"
-        sections = yaml.safe_load(settings_text(str(method))) or {}
+        sections = _read_yaml(settings_text(str(method)), file)
         if not isinstance(sections, dict):
             raise ScanError(f"{file}: must hold sections, such as 'all:'")
         allowed = ("all", *SUPPORTED)
@@ -293,6 +293,38 @@ def _settings_layers(
             )
     layers.append(("", where, values))
     return layers
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error; by itself YAML drops the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping of names to values."""
+        seen = set()
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+                raise ValueError(f"line {line} holds a key that is no name")
+            if key.value in seen:
+                raise ValueError(f"line {line} gives '{key.value}' a second time")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str, file: str) -> object:
+    """Content of a settings file; an empty mapping where it holds nothing.
+
+    Raises:
+        ScanError: if it is not YAML, or a key in it is no name or is given twice.
+    """
+    try:
+        content = yaml.load(text, _EachKeyOnce)  # safe: a kind of SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f" (line {error.problem_mark.line + 1})"
+        raise ScanError(f"{file} is not YAML: {error.problem}{line}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ScanError(f"{file}: {error}") from None
+    return {} if content is None else content
 
 
 def _merged(layers: Iterable[Layer], gadget: str) -> dict[str, object]:

@@ -130,6 +130,14 @@ def test_xml_overrides_the_sequence_section_overrides_all_overrides_defaults(mon
     [
         ("al: {}", "settings/subspace.yaml: unknown section 'al'; did you mean 'all'?"),
         ("- 3", "must hold sections"),
+        ("all: [2", "settings/subspace.yaml is not YAML: expected ',' or ']'"),
+        ("all:\n\treconstruct: {}", "that cannot start any token (line 2)"),
+        ("all: {reconstruct: {1: 2}}", "settings/subspace.yaml: line 1 holds a key that is no name"),
+        ("all: {}\nall: {}", "settings/subspace.yaml: line 2 gives 'all' a second time"),
+        (
+            "all:\n  reconstruct:\n    seed: 1\n    seed: 2",
+            "settings/subspace.yaml: line 4 gives 'seed' a second time",
+        ),
         ("all: 3", "section all: must hold gadget -> property -> value"),
         ("all: {recnstruct: {}}", "section all: unknown gadget 'recnstruct'; did you mean 'reconstruct'?"),
         (
