@@ -22,6 +22,7 @@ from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget, SliceProblem
 from quantitron.gadgets.image_metadata import SHORT_CHECKSUM
 from quantitron.gadgets.network_weights import requested_network
+from quantitron.gadgets.solver_result import check_result
 from quantitron.recon.data import Encoding, Maps, Problem
 from quantitron.recon.device import choose_device
 from quantitron.recon.networks.trained_network import NetworkRequest, TrainedNetwork
@@ -73,8 +74,18 @@ class Reconstruct(Gadget):
             raise ScanError(f"{where}: there is no solver '{chosen}'; there are {', '.join(names)}")
         if sequence is not None and sequence not in cls.sequences_of(values):
             raise ScanError(_cannot(chosen, sequence, cls.sequences_of(values)))
-        kind = next((one for one in named if sequence in one.sequences), named[0])
+        able = [one for one in named if sequence in one.sequences]
+        if len(able) > 1:
+            classes = " and ".join(one.__name__ for one in able)
+            raise ScanError(f"{where}: {classes} are both called '{chosen}' and do both {sequence}")
+        kind = able[0] if able else named[0]
         own = {entry.name for entry in fields(cls)} - {"method"}
+        for entry in fields(kind):
+            if entry.name in own or entry.name == "method":
+                raise ScanError(
+                    f"{where}: solver '{chosen}' has a setting '{entry.name}', which is the gadget's own "
+                    "name; it must have another"
+                )
         settings = {key: value for key, value in values.items() if key not in own}
         allowed = {entry.name for entry in fields(kind)}
         for key in settings:
@@ -165,15 +176,18 @@ class Reconstruct(Gadget):
                     )
                 problem = replace(problem, device=device, seed=self.seed, network=context.network)
                 try:
-                    for maps in self.method.solve(problem, _progress_of(number, slices)):
+                    for yielded in self.method.solve(problem, _progress_of(number, slices)):
+                        maps = check_result(yielded, problem.encoding)
                         if not maps.preview:
                             final = maps
                         elif slices == 1:
                             yield _crop(maps, problem.encoding)
                         else:
                             preview = maps
-                except (ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
-                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    if final is None:
+                        raise ValueError("the solver ended without yielding final maps")
+                except Exception as error:
+                    reason = _reason(error)
                     if not isinstance(error, ValueError) and reason not in failed.reasons:
                         # A mistake of this program: say where, once.
                         logger.error("slice %d: %s", number, type(error).__name__, exc_info=error)
@@ -200,6 +214,8 @@ class Reconstruct(Gadget):
             context.fail(
                 "the scan holds no signal: no voxel stands out from the background, the maps are empty"
             )
+        elif empty := [name for name, values in maps.values.items() if not _any_value(values, maps.mask)]:
+            context.fail(f"solver '{self.solver}' gave no value of {', '.join(empty)} in any voxel")
         yield maps
 
 
@@ -214,6 +230,19 @@ class _Own:
 
     def with_method(self, method: Solver) -> Reconstruct:
         return Reconstruct(self.solver, self.device, self.seed, self.b1_map, method)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a solver raised; its kind too where the words alone tell little."""
+    said = str(error).splitlines()[0] if str(error) else ""
+    if said and isinstance(error, (ValueError, RuntimeError, ArithmeticError, MemoryError)):
+        return said
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _any_value(values: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether a map has a value anywhere inside the mask."""
+    return bool(values[mask].isfinite().any())
 
 
 def _solvers_named(name: str) -> list[type[Solver]]:

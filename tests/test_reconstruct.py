@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, make_dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -49,6 +49,37 @@ class Numbered(Solver):
             raise ValueError("the standard deviations are not finite")
 
 
+@dataclass(frozen=True)
+class Faulty(Solver):
+    """Gives what no solver should."""
+
+    name: ClassVar[str] = "faulty"
+    sequences: ClassVar[tuple[str, ...]] = ("megre",)
+    fault: str = ""
+
+    def solve(self, problem: Problem, progress) -> Iterator[Maps]:
+        value = torch.ones(1, *ENCODING.matrix)
+        maps = Maps({"t2star": value, "pd": value}, value > 0)
+        if self.fault == "nothing" or problem.reduced.energy < 0:
+            return
+        yield {
+            "type": value,
+            "empty": replace(maps, values={}),
+            "name": replace(maps, values={"T2star": value}),
+            "axes": replace(maps, values={"t2star": value[0]}),
+            "shape": replace(maps, values={"t2star": value, "pd": value[..., 1:]}),
+            "array": replace(maps, values={"t2star": value.numpy()}),
+            "complex": replace(maps, values={"t2star": value + 1j}),
+            "mask": replace(maps, mask=value),
+            "deviation": replace(maps, standard_deviation={"pd": value[:, 1:]}),
+            "magnitude": replace(maps, magnitude=value),
+            "preview": replace(maps, preview=True),
+            "values": replace(maps, values={"t2star": value / 0 - value / 0, "pd": value}),
+        }.get(self.fault, maps)
+        if self.fault == "key":
+            raise KeyError("b0")
+
+
 def _problem(energy):
     gram, projected = torch.ones(1, 1, 1, 1, 1, 1), torch.full((1, 1, 1, 1, 1, 1, 1), 10.0)
     basis = Basis(torch.ones(1, 1), torch.ones(1), 1.0, "dictionary")
@@ -59,15 +90,15 @@ def _problem(energy):
 
 @pytest.fixture(autouse=True)
 def _solvers(monkeypatch):
-    monkeypatch.setattr(reconstruct, "SOLVERS", (*reconstruct.SOLVERS, Numbered))
+    monkeypatch.setattr(reconstruct, "SOLVERS", (*reconstruct.SOLVERS, Numbered, Faulty))
 
 
 def _context():
     return Context(header=None, encoding=ENCODING, protocol=PROTOCOL, axes={})
 
 
-def _run(energies, context):
-    gadget = Reconstruct.build({"solver": "numbered", "device": "cpu"}, "test")
+def _run(energies, context, **values):
+    gadget = Reconstruct.build({"solver": "numbered", "device": "cpu", **values}, "test")
     gadget.prepare(context)
     context.encoding = replace(context.encoding, slices=len(energies))
     return list(gadget((_problem(energy) for energy in energies), context))
@@ -167,6 +198,74 @@ def test_maps_that_say_what_went_wrong_are_delivered_and_it_is_passed_on():
     assert maps.failure == "only 101"
     assert maps.values["pd"][2].eq(102).all()
     assert context.failures == ["only 101"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ("nothing", "ended without yielding final maps"),
+        ("preview", "ended without yielding final maps"),
+        ("type", "yielded Tensor, not Maps"),
+        ("empty", "yielded Maps that hold no map"),
+        ("name", "yielded a map 'T2star'; maps are t1, t2, t2star"),
+        (
+            "axes",
+            r"map t2star of the solver has shape \(2, 6, 4\), where \(s, z, y, x\) must be \(1, 2, 6, 4\)",
+        ),
+        ("shape", r"map pd of the solver has shape \(1, 2, 6, 3\)"),
+        ("array", "map t2star of the solver is ndarray, where it must be a tensor"),
+        ("complex", "map t2star of the solver is complex"),
+        ("mask", "the mask of the solver is of type torch.float32, where it must be bool"),
+        ("deviation", "map pd of the standard deviation of the solver has shape"),
+        ("magnitude", "an echo of the magnitude of the solver has shape"),
+    ],
+)
+def test_what_is_no_maps_does_not_pass_for_them(fault, sentence):
+    with pytest.raises(ScanError, match=f"^solver 'faulty' gave no maps: .*{sentence}"):
+        _run([1.0], _context(), solver="faulty", fault=fault)
+
+
+def test_a_slice_without_maps_is_said_to_have_none():
+    context = _context()
+    _run([1.0, -1.0], context, solver="faulty")
+    assert context.failures == [
+        "slice 1 of 2 was not reconstructed: the solver ended without yielding final maps"
+    ]
+
+
+def test_a_mistake_in_one_slice_leaves_the_others():
+    """Of whatever kind it is, which the sentence says where the words alone would not."""
+    context = _context()
+    (maps,) = _run([1.0, 1.0], context, solver="faulty", fault="key")
+    assert maps.values["pd"].eq(1).all()
+    assert context.failures == ["slices 0-1 of 2: failed after their maps were made: KeyError: 'b0'"]
+
+
+def test_a_map_without_any_value_is_a_failure():
+    context = _context()
+    _run([1.0], context, solver="faulty", fault="values")
+    assert context.failures == ["solver 'faulty' gave no value of t2star in any voxel"]
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "sentence"),
+    [
+        ("subspace", "weight", "Subspace and Mine are both called 'subspace' and do both megre"),
+        ("mine", "seed", "solver 'mine' has a setting 'seed', which is the gadget's own name"),
+    ],
+)
+def test_names_that_collide_are_refused(monkeypatch, name, own, sentence):
+    """Else the other's maps come, or the setting stays as it is, and nobody is told."""
+    mine = make_dataclass(
+        "Mine",
+        [(own, int, 3)],
+        bases=(Solver,),
+        namespace={"name": name, "sequences": ("megre",)},
+        frozen=True,
+    )
+    monkeypatch.setattr(reconstruct, "SOLVERS", (*reconstruct.SOLVERS, mine))
+    with pytest.raises(ScanError, match=sentence):
+        Reconstruct.build({"solver": name}, "here", "megre")
 
 
 def test_nothing_reconstructed_is_an_error():

@@ -107,13 +107,14 @@ class CartesianSolver(CoefficientSolver):
             seed: of everything random.
             progress: takes the share of the refinement alone, 0..1.
         """
-        raise NotImplementedError  # abstract
+        raise NotImplementedError(f"{type(self).__name__} has no refine")
 
     def solve(self, problem: Problem, progress: Progress) -> Iterator[Maps]:
         """Reconstruct one slice; yields the final maps only."""
         estimate = self.linear_estimate(problem, progress)
-        coefficients = self.refine(
-            estimate, problem.seed, lambda doing, share: progress(doing, 0.4 + 0.45 * share)
+        coefficients = self.refined(
+            self.refine(estimate, problem.seed, lambda doing, share: progress(doing, 0.4 + 0.45 * share)),
+            estimate,
         )
         yield self.maps(estimate, coefficients, problem, progress)
         progress("done", 1.0)

@@ -193,6 +193,27 @@ class CoefficientSolver(Solver):
     """Standard deviation [voxels of the shortest edge] of the neighbourhood whose variances a last pass
     expects in each voxel; 0 takes those of the whole object everywhere, and there is no such pass."""
 
+    def refined(self, coefficients: Tensor, estimate: CoefficientEstimate) -> Tensor:
+        """What ``refine`` gave, if it is an estimate of the same coefficient images.
+
+        Args:
+            coefficients: of ``refine``.
+            estimate: that it began with.
+
+        Raises:
+            ValueError: if it is something else, or holds a value that is not finite: one makes every voxel
+                look like background.
+        """
+        start = estimate.coefficients
+        if not isinstance(coefficients, Tensor):
+            raise ValueError(f"refine gave {type(coefficients).__name__}, not coefficient images")
+        if coefficients.shape != start.shape or coefficients.dtype != start.dtype:
+            found, wanted = (f"{tuple(one.shape)} of {one.dtype}" for one in (coefficients, start))
+            raise ValueError(f"refine gave coefficient images (x, k, z, y) {found}, where they are {wanted}")
+        if not bool(coefficients.isfinite().all()):
+            raise ValueError("refine gave coefficient images with values that are not finite")
+        return coefficients
+
     def expected(
         self,
         basis: CoefficientBasis,

@@ -68,4 +68,4 @@ class Solver:
         Raises:
             ValueError: if the settings do not fit the problem, in one clear sentence.
         """
-        raise NotImplementedError  # abstract
+        raise NotImplementedError(f"{type(self).__name__} has no solve")
