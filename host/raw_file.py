@@ -31,9 +31,11 @@ def read_header(path: str | os.PathLike[str], group: str = "dataset") -> bytes:
         ScanError: if the file is not a readable HDF5 file, has no such group or no header.
     """
     with _opened(path, group) as dataset:
-        if "xml" not in dataset or not len(dataset["xml"]):
+        stored = dataset.get("xml")
+        # One string, alone or as the only one of a list: not all writers use the ISMRMRD library.
+        if not isinstance(stored, h5py.Dataset) or not stored.size:
             raise ScanError(f"{path} has no ISMRMRD header (/{group}/xml)")
-        text = dataset["xml"][0]
+        text = stored[()] if stored.ndim == 0 else stored[(0,) * stored.ndim]
     return text if isinstance(text, bytes) else str(text).encode("utf-8")
 
 
@@ -109,9 +111,17 @@ def _table(dataset: h5py.Group, path: str | os.PathLike[str], group: str) -> h5p
     if "data" not in dataset or not isinstance(dataset["data"], h5py.Dataset) or not len(dataset["data"]):
         raise ScanError(f"{path} holds no acquisitions (/{group}/data)")
     table = dataset["data"]
-    if table.dtype.names is None or set(table.dtype.names) < {"head", "data", "traj"}:
+    if not _holds_acquisitions(table.dtype):
         raise ScanError(f"{path}: /{group}/data does not hold ISMRMRD acquisitions")
     return table
+
+
+def _holds_acquisitions(row: np.dtype[Any]) -> bool:
+    """Whether a row is a head with all fields of an acquisition's, samples, and a trajectory."""
+    if not {"head", "data", "traj"} <= set(row.names or ()):
+        return False
+    lists = all(h5py.check_vlen_dtype(row[name]) is not None for name in ("data", "traj"))
+    return lists and set(HEADER_DTYPE.names or ()) <= set(row["head"].names or ())
 
 
 @contextmanager

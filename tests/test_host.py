@@ -19,7 +19,7 @@ from stand_in import GADGETS, HEADER, acquisitions, gather, pipeline, scan, writ
 
 from quantitron.gadgets import chain as chain_module
 from quantitron.gadgets import wire as protocol
-from quantitron.gadgets.acquisition_block import blocks_of
+from quantitron.gadgets.acquisition_block import HEADER_DTYPE, blocks_of
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.image_file import read_images
 from quantitron.gadgets.wire import Message, Wire
@@ -88,6 +88,32 @@ def test_a_raw_file_that_is_none_is_one_clear_sentence(tmp_path, make, words):
         read_header(path)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        np.dtype("f4"),
+        np.dtype([("head", "f4"), ("other", "f4")]),
+        np.dtype([("head", "f4"), ("data", "f4"), ("traj", "f4")]),
+        np.dtype([("head", HEADER_DTYPE), ("data", "f4"), ("traj", "f4")]),
+    ],
+)
+def test_a_table_of_something_else_is_no_acquisitions(tmp_path, kind):
+    path = tmp_path / "raw.h5"
+    with h5py.File(path, "w") as file:
+        file["dataset/data"] = np.zeros(3, dtype=kind)
+    with pytest.raises(ScanError, match="/dataset/data does not hold ISMRMRD acquisitions"):
+        list(read_blocks(path))
+
+
+def test_a_header_may_be_a_single_string(tmp_path):
+    path = write_raw(tmp_path / "raw.h5", scan(2))
+    with h5py.File(path, "r+") as file:
+        text = file["dataset/xml"][0]
+        del file["dataset/xml"]
+        file["dataset/xml"] = text
+    assert read_header(path) == text
 
 
 def test_rows_that_are_no_acquisitions_are_errors(tmp_path):
