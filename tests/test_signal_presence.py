@@ -104,6 +104,21 @@ def test_calibration_readouts_of_noise_or_of_the_centre_alone_are_told(known):
         assert not calibration_serves(replace(problem, calibration=readouts))
 
 
+@pytest.mark.parametrize(("flagged", "serves"), [(2, False), (4, False), (8, True)])
+def test_some_of_the_spirals_of_a_scan_are_no_calibration(flagged, serves):
+    """Eight fill k-space; what is missing of it would be in the coil maps of all."""
+    problem = fingerprint_scan(24, noise=1.0).problem
+    calibration = problem.kspace.where(problem.kspace.time_point % 8 < flagged)
+    assert calibration_serves(replace(problem, calibration=calibration)) == serves
+
+
+def test_a_calibration_of_its_own_may_reach_less_far_than_the_scan():
+    problem = fingerprint_scan(24, noise=1.0).problem
+    calibration = problem.kspace.where(problem.kspace.time_point < 8)
+    calibration = replace(calibration, trajectory=calibration.trajectory / 3)
+    assert calibration_serves(replace(problem, calibration=calibration))
+
+
 def test_coil_maps_come_from_the_scan_where_its_calibration_is_noise():
     problem = fingerprint_scan(24, noise=1.0).problem
     calibration = problem.kspace.where(problem.kspace.time_point < 8)
