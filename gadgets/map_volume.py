@@ -42,6 +42,18 @@ class MapVolume:
         return corner
 
     @property
+    def corners(self) -> NDArray[np.float64]:
+        """(4, 3) centres of the first voxel and of those at the other ends of x, y and z, LPS [mm]."""
+        image, last = self.images[0], self.images[-1]
+        directions = np.array([image.read_dir, image.phase_dir, last.slice_dir], np.float64)
+        points = np.array(image.matrix_size, np.float64)
+        along = ((points - 1) * self.voxel_size[::-1])[:, np.newaxis] * directions  # (x y z, 3)
+        # Where several slices or slabs lie is told by their positions.
+        along[2] += np.subtract(last.position, image.position, dtype=np.float64)
+        corners: NDArray[np.float64] = self.first_voxel + np.concatenate([np.zeros((1, 3)), along])
+        return corners
+
+    @property
     def echo_time(self) -> float | None:
         """Echo time [ms] of a magnitude image; None for maps."""
         value = self.images[0].meta.get("EchoTime")

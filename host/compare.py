@@ -168,11 +168,16 @@ def _check_grid(found: MapVolume, truth: MapVolume, maps_path: Path, truth_path:
         )
     voxel = np.array(truth.voxel_size)
     resized = not np.allclose(found.voxel_size, voxel, rtol=1e-3)
-    apart = float(np.linalg.norm(found.first_voxel - truth.first_voxel))
+    apart, *ends = np.linalg.norm(found.corners - truth.corners, axis=1).tolist()
     if resized or apart > 0.1 * voxel.min():
         raise ScanError(
             f"map {found.role} lies elsewhere in {maps_path} than in {truth_path}: first voxels "
             f"{apart:.3g} mm apart, voxel sizes {_sizes(found)} and {_sizes(truth)} mm (z, y, x)"
+        )
+    if max(ends) > 0.1 * voxel.min():
+        raise ScanError(
+            f"map {found.role} is turned or mirrored in {maps_path} against {truth_path}: first voxels are "
+            f"at one place, the last ones along x, y and z {', '.join(f'{end:.3g}' for end in ends)} mm apart"
         )
 
 

@@ -47,6 +47,8 @@ def write(path: Path, group: str | None, maps: Mapping[str, np.ndarray], **stora
     field_of_view = storage.pop("field_of_view", FIELD_OF_VIEW)
     header = axial_header()
     header["position"] = storage.pop("position", (0, 0, 0))
+    for direction, vector in storage.pop("directions", {}).items():
+        header[direction] = vector
     write_images(path, group, map_images(maps, {0: header}, field_of_view, **storage))
     return path
 
@@ -177,6 +179,17 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path, truth_file: Pat
     wide = write(tmp_path / "wide.h5", None, brain(), field_of_view=(0.012, 0.2, 0.32))
     with pytest.raises(ScanError, match=r"lies elsewhere .* voxel sizes 4 x 10 x 20 and 4 x 10 x 10 mm"):
         compare(wide, truth_file)
+    # The first voxel stays where it is: it lies half a field of view from the position.
+    mirrored = {"position": (-160, 0, 0), "directions": {"read_dir": (-1, 0, 0)}}
+    for layout in ("volume", "slices"):
+        path = write(tmp_path / f"{layout}.h5", None, brain(), layout=layout, **mirrored)
+        with pytest.raises(ScanError, match=r"turned or mirrored .* along x, y and z 300, 0, 0 mm apart"):
+            compare(path, truth_file)
+    upside_down = {"position": (0, 0, -8), "directions": {"slice_dir": (0, 0, -1)}}
+    for layout in ("volume", "slices"):
+        path = write(tmp_path / f"z_{layout}.h5", None, brain(), layout=layout, **upside_down)
+        with pytest.raises(ScanError, match=r"turned or mirrored .* along x, y and z 0, 0, 16 mm apart"):
+            compare(path, truth_file)
     other = write(tmp_path / "other.h5", None, {"r2star": 20 * np.ones(SHAPE)})
     with pytest.raises(ScanError, match=r"\(R2STAR\) and .* have no map in common"):
         compare(other, truth_file)
