@@ -9,6 +9,7 @@ so that fine voxels q I .. q I + q - 1 fill scan voxel I, whose centre is at (I 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,18 @@ class FieldSettings:
     """Variation of the flip angle: 0 is none, 0.2 about +-10 %."""
     receive_phase: float = 1.5
     """Smooth phase of a real ``pd``, about +- [rad]."""
+
+    def __post_init__(self) -> None:
+        """Refuse fields that no scan is in.
+
+        Raises:
+            ScanError: if a strength is not finite, or flip angles would be 0 or less somewhere.
+        """
+        for name in ("b0", "receive_phase"):
+            if not math.isfinite(getattr(self, name)):
+                raise ScanError(f"{name} is {getattr(self, name):g}; it must be a finite number")
+        if not 0 <= self.b1 < 1:
+            raise ScanError(f"b1 is {self.b1:g}; it must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,10 @@ def default_field_of_view(phantom: str, anatomy: Anatomy, partitions: int) -> tu
     return x, y, SLICE_THICKNESS if partitions == 1 else z
 
 
+MOST_SNR = 1e7
+"""Beyond, noise is lost in the rounding of single precision."""
+
+
 def check_scan(
     matrix: tuple[int, int, int],
     fov: tuple[float, float, float] | None,
@@ -294,6 +298,8 @@ def check_scan(
         raise ScanError(f"coils is {coils}; it must be in 1..128")
     if snr is not None and not snr > 0:
         raise ScanError(f"snr is {snr:g}; it must be positive, or none for a scan without noise")
+    if snr is not None and MOST_SNR < snr < math.inf:
+        raise ScanError(f"snr is {snr:g}; it must be at most {MOST_SNR:g}, or none for a scan without noise")
     if len(supersampling) != 3 or not all(1 <= factor <= 8 for factor in supersampling):
         raise ScanError(f"supersampling is {supersampling}; each factor must be in 1..8")
     if slices < 1:

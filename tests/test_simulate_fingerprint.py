@@ -532,6 +532,8 @@ def test_a_slice_through_a_plate_of_the_nist_phantom(tmp_path, height, plate):
         ({"inversion_efficiency": 1.5}, "inversion_efficiency is 1.5"),
         ({"height": 500.0}, "inside the field of view"),
         ({"height": math.nan}, "height is nan"),
+        ({"snr": 1e30}, r"snr is 1e\+30"),
+        ({"b1": 5.0}, "b1 is 5"),
         ({"snr": -1.0}, "snr is -1"),
         ({"interleaves": 1, "matrix": (400, 480, 1)}, "use more interleaves"),
     ],
