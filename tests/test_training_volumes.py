@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -87,6 +88,17 @@ def test_thick_slices_become_axis_z_and_a_voxel_size_is_reached(tmp_path):
     assert even.shape == (40, 30, 24)
     coarse = read_volumes(tmp_path, voxel_size=1.5).volumes[0].values
     assert coarse.shape == (27, 20, 16)
+
+
+@pytest.mark.parametrize(("unit", "millimetres"), [("meter", 1e3), ("micron", 1e-3), ("unknown", 1.0)])
+def test_lengths_are_in_the_unit_that_the_file_names(tmp_path, unit, millimetres):
+    values = blobs(0).astype(np.float32)
+    write_nifti(tmp_path / "mm_T1w.nii", values, np.diag([1.0, 1.0, 2.0, 1.0]))
+    other = nibabel.Nifti1Image(values, np.diag([1.0, 1.0, 2.0, millimetres]) / millimetres)
+    other.header.set_xyzt_units(unit)
+    nibabel.save(other, tmp_path / "other_T1w.nii")
+    one, two = (part.values for part in read_volumes(tmp_path, voxel_size=1.5).volumes)
+    torch.testing.assert_close(two, one)
 
 
 def test_the_checksum_knows_the_data_and_not_their_names(tmp_path):

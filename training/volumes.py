@@ -47,6 +47,8 @@ _MARGIN = 8
 """Voxels of air that are kept around the head."""
 _AIR = 0.02
 """Share of the normalised intensity below which a plane holds nothing."""
+_MILLIMETRES = {"meter": 1e3, "micron": 1e-3}
+"""Of other units of length."""
 _LEAST = 16
 """Voxels in plane below which a volume is no image of a head."""
 _MOST = 1 << 30
@@ -244,7 +246,9 @@ def _load(file: Path) -> tuple[NDArray[np.float32], list[float]]:
             )
         canonical = nibabel.as_closest_canonical(image)  # type: ignore[no-untyped-call]
         values = np.asarray(canonical.dataobj, dtype=np.float32)
-        voxel = [float(size) for size in canonical.header.get_zooms()[:3]]
+        # NIfTI says what lengths are in; files that do not are in millimetres, as those of other formats.
+        units = getattr(canonical.header, "get_xyzt_units", lambda: ("unknown",))()
+        voxel = [float(size) * _MILLIMETRES.get(units[0], 1.0) for size in canonical.header.get_zooms()[:3]]
     except FileNotFoundError as error:
         raise ScanError(f"{file} does not exist") from error
     except MemoryError as error:
