@@ -395,13 +395,17 @@ def pipelines(as_json: Json = False) -> None:
     for name, sequences in listed.items():
         print(name)
         names = list(sequences)
-        for gadget, properties in sequences[names[0]].items():
+        for gadget in sequences[names[0]]:
             print(f"  {gadget}")
-            for key in properties:
-                values = {sequence: str(sequences[sequence][gadget].get(key, "")) for sequence in names}
-                first = values[names[0]]
-                other = [f"{sequence} {value}" for sequence, value in values.items() if value != first]
-                print(f"    {key} = {first}" + (f"  ({', '.join(other)})" if other else ""))
+            # Where several solvers share a name, each sequence has the settings of its own.
+            for key in dict.fromkeys(key for sequence in names for key in sequences[sequence][gadget]):
+                having = [sequence for sequence in names if key in sequences[sequence][gadget]]
+                values = {sequence: str(sequences[sequence][gadget][key]) for sequence in having}
+                first = values[having[0]]
+                said = [f"{sequence} {value}" for sequence, value in values.items() if value != first]
+                if len(having) < len(names):
+                    said.append(f"only {', '.join(having)}")
+                print(f"    {key} = {first}" + (f"  ({'; '.join(said)})" if said else ""))
 
 
 @app.command()

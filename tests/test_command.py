@@ -85,6 +85,12 @@ def test_pipelines_lists_settings_for_people_and_programs():
     listed = json.loads(command("pipelines", "--json").stdout)
     assert sorted(listed) == pipeline_names()
     assert listed["subspace"]["vfa_gre"]["reconstruct"]["solver"] == "subspace"
+    # What only some sequences have is shown as well: here two solvers share the name.
+    subspace = table.stdout.partition("\nsubspace\n")[2].partition("\nsummit\n")[0]
+    for settings in listed["subspace"].values():
+        for key in settings["reconstruct"]:
+            assert f"    {key} = " in subspace
+    assert "    detectable = 0.03  (only fisp_mrf)\n" in subspace
 
 
 def test_doctor_finds_this_machine_fit():
