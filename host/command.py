@@ -277,6 +277,10 @@ def replay(
         str | None, typer.Option(metavar="HOST:PORT", help="Let this Gadgetron reconstruct.")
     ] = None,
     group: Annotated[str, typer.Option(help="Group of the raw file.")] = "dataset",
+    noise: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Raw file whose noise lines are used in place of the scan's own."),
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -296,7 +300,7 @@ def replay(
             if done == total:
                 progress.update(task, description="reconstructing")
 
-        result = run(raw, pipeline, output, settings or (), overwrite, gadgetron, group, advance)
+        result = run(raw, pipeline, output, settings or (), overwrite, gadgetron, group, advance, noise)
     if as_json:
         roles = {str(series): role for series, role in sorted(result.series.items())}
         print(

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantitron.gadgets.acquisition_block import HEADER_DTYPE, AcquisitionBlock, BlockBuilder
+from quantitron.gadgets.acquisition_kind import NOISE, flagged, runs
 from quantitron.gadgets.errors import ScanError
 
 ROWS = 128
@@ -71,6 +72,20 @@ def read_blocks(path: str | os.PathLike[str], group: str = "dataset") -> Iterato
             for begin, end in _runs(rows["head"]):
                 yield from builder.add(*_arrays(rows[begin:end], start + begin, path))
     yield from builder.finish()
+
+
+def read_noise(path: str | os.PathLike[str], group: str = "dataset") -> list[AcquisitionBlock]:
+    """The noise lines of a raw file: a noise scan often comes as a measurement, and a file, of its own.
+
+    Raises:
+        ScanError: as ``read_blocks``, and if no acquisition is flagged as noise.
+    """
+    noise: list[AcquisitionBlock] = []
+    for block in read_blocks(path, group):
+        noise.extend(runs(block, flagged(block, NOISE)))
+    if not noise:
+        raise ScanError(f"{path} holds no noise lines (acquisitions flagged ACQ_IS_NOISE_MEASUREMENT)")
+    return noise
 
 
 def _runs(head: NDArray[np.void]) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ from xml.etree.ElementTree import Element
 
 import ismrmrd
 
+from quantitron.gadgets.acquisition_kind import NOISE, flagged, runs
 from quantitron.gadgets.chain import make_chain
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.image_file import read_images, write_images
@@ -26,7 +27,7 @@ from quantitron.host.configuration import (
     parse_pipeline,
     set_property,
 )
-from quantitron.host.raw_file import count_acquisitions, read_blocks, read_header
+from quantitron.host.raw_file import count_acquisitions, read_blocks, read_header, read_noise
 
 logger = logging.getLogger("quantitron")
 
@@ -59,6 +60,7 @@ def replay(
     gadgetron: str | None = None,
     group: str = "dataset",
     progress: Callable[[int, int], None] | None = None,
+    noise: str | os.PathLike[str] | None = None,
 ) -> Replayed:
     """Reconstruct a raw file.
 
@@ -71,6 +73,7 @@ def replay(
         gadgetron: ``HOST:PORT`` of a Gadgetron (or ``quantitron serve``) that reconstructs instead.
         group: group of the raw file.
         progress: told the acquisitions read and their total.
+        noise: raw file (group ``dataset``) whose noise lines take the place of the scan's own.
 
     Raises:
         ScanError: if anything fails. What was computed before is in the output nevertheless, and the
@@ -79,10 +82,11 @@ def replay(
     """
     started = time.monotonic()
     target = Path(output)
-    check_no_input(target, raw, pipeline)
+    check_no_input(target, raw, pipeline, *(() if noise is None else (noise,)))
     _check_output(target, overwrite)
     header = read_header(raw, group)
     total = count_acquisitions(raw, group)
+    noise_lines = None if noise is None else read_noise(noise)
     text, where = load_pipeline(pipeline)
     root = parse_pipeline(text, where)
     configuration = external_configuration(root, where)
@@ -95,9 +99,10 @@ def replay(
 
     def blocks() -> Iterator[object]:
         done = 0
+        yield from noise_lines or ()
         for block in read_blocks(raw, group):
             done += len(block)
-            yield block
+            yield from (block,) if noise_lines is None else runs(block, ~flagged(block, NOISE))
             if progress is not None:
                 progress(done, total)
 
