@@ -90,7 +90,7 @@ def measure(case: str, share: float, noise: float) -> list[str]:
     problem = cast(Problem, SimpleNamespace(protocol=PROTOCOL, reduced=SimpleNamespace(basis=basis)))
     found = {
         "mean of free fits": fit_coefficients(u, mean, basis.contrast, mixing, PROTOCOL),
-        "agreement": fit_components(u, mask, components, problem, level**2 or None),
+        "agreement": fit_components(u, mask, components, problem, level**2 or None, True),
     }
     return [
         f"| {case} | {components.rank} | {noise:g} | {name} | {errors(result, truth)} |"

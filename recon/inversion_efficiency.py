@@ -7,6 +7,10 @@ off where noise or short T1 make that worst: the mean of many such fits is a bia
 asked jointly. With theta at its best for a given B, the cost of a voxel is a parabola in B whose other
 unknowns are eliminated (Schur complement); the parabolas of a neighbourhood are summed, and their minimum is
 the new B. From the mean of the free fits two to four rounds of that arrive.
+
+Images that a prior has drawn towards others are off by a part of the signal that no averaging takes out. It
+moves the minimum by that part over what of the signal a change of B is, once the other unknowns have imitated
+what they can: little after many excitations, 0.06 after 12 (RESULTS.md).
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ def parameter_maps(
     standard_deviations: bool,
     components: CoefficientBasis | None = None,
     noise_variance: float | None = None,
+    agreement: bool = False,
 ) -> Maps:
     """Fit the voxels that hold signal.
 
@@ -41,6 +42,7 @@ def parameter_maps(
         components: that span the images; the fit ends in them. None: the images count in full.
         noise_variance: E|n|^2 of each component, for the standard deviations; None: from each voxel's
             residual, as where there are no components.
+        agreement: as for ``fit_components``.
 
     Returns:
         Maps with s = 1 on the encoded grid; NaN outside the mask and where the fit gave nothing finite.
@@ -52,7 +54,7 @@ def parameter_maps(
         result = _fit_images(inside.contiguous(), mask, problem)
     else:
         u = torch.einsum("elk,vel->vk", components.mixing.to(inside).conj(), inside)
-        result = fit_components(u, mask, components, problem, noise_variance)
+        result = fit_components(u, mask, components, problem, noise_variance, agreement)
     fitted = dict(result.parameters)
     if protocol.echoes == 1:
         fitted.pop("t2star", None)
@@ -92,11 +94,12 @@ def fit_components(
     components: CoefficientBasis,
     problem: Problem,
     noise_variance: float | None = None,
+    agreement: bool = False,
 ) -> Fit:
     """Fit voxels in the components that their images were reconstructed in.
 
-    An inversion efficiency that the header does not tell is first found, by all voxels together
-    (``inversion_efficiency.py``): left free in each voxel it takes up T1's noise.
+    An inversion efficiency that the header does not tell is found first and then given: left free in each
+    voxel it takes up T1's noise.
 
     Args:
         coefficients: U (v, k) complex of the voxels in the mask.
@@ -104,15 +107,19 @@ def fit_components(
         components: the basis of U.
         problem: the slice.
         noise_variance: E|n|^2 of each component; None: from each voxel's residual.
+        agreement: whether the efficiency is the one that neighbours agree on, in place of the mean of their
+            free fits (``inversion_efficiency.py``).
     """
     protocol, psi = problem.protocol, problem.reduced.basis.contrast
     mixing = components.mixing.to(coefficients)  # (e, l, k)
-    images = torch.einsum("elk,vk->vel", mixing, coefficients)
+    images = torch.einsum("elk,vk->vel", mixing, coefficients).contiguous()
 
     def refit(start: Fit) -> Fit:
         return fit_coefficients(coefficients, start, psi, mixing, protocol, noise_variance=noise_variance)
 
-    result = fit(images.contiguous(), problem.reduced.basis, protocol)
+    if not agreement:
+        return refit(_fit_images(images, mask, problem))
+    result = fit(images, problem.reduced.basis, protocol)
     if _efficiency_unknown(result, protocol):
         model = MapModel(protocol, psi, mixing)
         shared = shared_efficiency(result, mask, coefficients, model, refit, noise_variance)

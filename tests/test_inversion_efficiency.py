@@ -63,7 +63,12 @@ class Scan:
     def fit(self, **changes: Any) -> Fit:
         noise = self.level**2 if self.level else None
         return fit_components(
-            changes.get("u", self.u), self.mask, self.components, self.problem, changes.get("noise", noise)
+            changes.get("u", self.u),
+            self.mask,
+            self.components,
+            self.problem,
+            changes.get("noise", noise),
+            agreement=True,
         )
 
     def free(self) -> Fit:

@@ -61,7 +61,8 @@ def test_readouts_on_a_trajectory_have_no_use_for_navigators():
     scan = fingerprint_context()
     result = gathered(among(whole_scan(), navigators), scan, BasisGadget())
     assert len(result.kspace.time_point) == 6
-    assert scan.notes == [COUNTED]
+    # Six time points hardly tell T2, which is noted, too.
+    assert [note for note in scan.notes if "hardly tells" not in note] == [COUNTED]
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,10 @@ class CartesianSolver(CoefficientSolver):
     """Amplitude below this share of the brightest tissue counts as background."""
     standard_deviations: bool = False
     """Whether maps of the standard deviations are delivered too."""
+    efficiency: str = field(default="mean", metadata={"choices": ("mean", "agreement")})
+    """Where an inversion efficiency that the header does not tell comes from: ``mean`` of fits that leave it
+    free in each voxel, which noise and short T1 bias; ``agreement`` of neighbours, which errors of the images
+    move where few excitations tell little of it."""
 
     def __post_init__(self) -> None:
         """Refuse ranges that are none.
@@ -143,6 +147,7 @@ class CartesianSolver(CoefficientSolver):
             standard_deviations=self.standard_deviations,
             components=estimate.basis,
             noise_variance=estimate.image_noise**2,
+            agreement=self.efficiency == "agreement",
         )
 
     def linear_estimate(self, problem: Problem, progress: Progress) -> LinearEstimate:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from quantitron.recon.data import Basis, Protocol
 from quantitron.recon.field_table import FieldTable
+from quantitron.recon.inversion_efficiency import mean_of_free_fits
 from quantitron.recon.joint_match import JointMatcher
-from quantitron.recon.parameter_maps import fit_components
+from quantitron.recon.match import fit
 from quantitron.recon.signal.dictionary import contrast_dictionary
 from quantitron.recon.signal.spin_echo import SpinEchoProtocol, spin_echo_signal
 from quantitron.recon.solvers.cartesian import LinearEstimate
@@ -148,7 +149,7 @@ def _efficiency(estimate: LinearEstimate) -> Tensor:
     efficiency = torch.full(mask.shape, 1.0)
     inside = estimate.coefficients.cpu().permute(2, 3, 0, 1)[mask]  # (v, k)
     if len(inside):
-        noise = estimate.image_noise**2
-        found = fit_components(inside, mask, estimate.basis, problem, noise).parameters["inversion"]
-        efficiency[mask] = found.to(efficiency)
+        images = torch.einsum("elk,vk->vel", estimate.basis.mixing.to(inside), inside)
+        free = fit(images, problem.reduced.basis, problem.protocol)
+        efficiency[mask] = mean_of_free_fits(free, mask).to(efficiency)
     return efficiency
