@@ -89,7 +89,7 @@ class CartesianSolver(CoefficientSolver):
     efficiency: str = field(default="mean", metadata={"choices": ("mean", "agreement")})
     """Where an inversion efficiency that the header does not tell comes from: ``mean`` of fits that leave it
     free in each voxel, which noise and short T1 bias; ``agreement`` of neighbours, which errors of the images
-    move where few excitations tell little of it."""
+    move where few excitations tell little of it. It is that of the maps: ``mri2qmap`` matches at the mean."""
 
     def __post_init__(self) -> None:
         """Refuse ranges that are none.
