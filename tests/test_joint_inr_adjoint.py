@@ -145,3 +145,17 @@ def test_the_harder_the_pull_the_nearer_to_fingerprints(noisy):
         found = replace(solver, consistency=consistency).refine(estimate, 0, quiet)
         apart.append(difference(found, nearest(found)))
     assert apart[0] > 1.2 * apart[1] > 1.2**2 * apart[2]  # 0.017, 0.012 and 0.003
+
+
+def test_the_pull_is_the_variance_of_the_noise_over_that_of_the_mismatch():
+    """It grows with the noise, falls with the signal, and stays finite where there is none."""
+    fingerprints = torch.zeros(3, 2, 1, 1, dtype=torch.complex64)  # (x, k, z, y)
+    fingerprints[0, :, 0, 0] = torch.tensor([3.0, 4.0j])
+    fingerprints[1, :, 0, 0] = torch.tensor([30.0, 40.0j])
+    solver = JointINR(start="cg", mismatch=0.1)
+    pull = [solver._pull(noise, fingerprints).flatten().tolist() for noise in (0.0, 0.01, 0.03, 1.0)]
+    assert pull[0] == [0.0, 0.0, 0.0]
+    assert pull[1][0] == pytest.approx(2 * 0.01**2 / (0.1**2 * 25), rel=1e-3)
+    assert pull[1][1] == pytest.approx(pull[1][0] / 100, rel=1e-3)
+    assert pull[2][0] == pytest.approx(9 * pull[1][0], rel=2e-2)
+    assert pull[3][0] < pull[3][2] == pytest.approx(10.0)

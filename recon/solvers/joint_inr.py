@@ -57,6 +57,8 @@ _CONSISTENT_FROM = 1
 """Reweightings before fingerprints pull: by then most of them are right."""
 _STEPS = 3
 """Least conjugate gradient steps from one covariance to the next."""
+_MOST_PULL = 10.0
+"""In units of the data term's curvature: where there is hardly a signal, the nearest fingerprint is noise."""
 _BORDER = 2
 """Voxels around the signal that the network is fitted to as well: it is to know where the object ends."""
 
@@ -122,8 +124,12 @@ class JointINR(DensityCompensated, FingerprintSolver):
     reweightings: int = field(default=5, metadata={"minimum": 1})
     """Times in each round that blocks are given the covariance of their signals."""
     consistency: float = field(default=1.0, metadata={"minimum": 0})
-    """Pull towards the nearest fingerprints in that, in units of the mean curvature of the data term, once
-    blocks have been reweighted; 0: none."""
+    """Factor on the pull towards the nearest fingerprints in that, once blocks have been reweighted; 1 is the
+    statistical estimate if voxels differ from fingerprints by ``mismatch``, 0 none."""
+    mismatch: float = field(default=0.07, metadata={"above": 0})
+    """Root mean square by which a voxel's signal is expected to differ from the nearest fingerprint, as a
+    share of the signal: several tissues in a voxel, and what the signal model does not know. The pull so
+    grows with the noise, and where there is little signal."""
 
     @property
     def compensates_density(self) -> bool:
@@ -214,8 +220,9 @@ class JointINR(DensityCompensated, FingerprintSolver):
             blocks = penalty.mean_reweighting(u, _SMOOTHING * estimate.image_noise, _TILINGS, generator)
             right_hand_side, pull = attracted, 0.0 * curvature
             if nearest is not None and number >= _CONSISTENT_FROM:
-                pull = self.consistency * curvature
-                right_hand_side = attracted + pull * nearest(u)
+                fingerprints = nearest(u)
+                pull = curvature * self._pull(estimate.image_noise, fingerprints)
+                right_hand_side = attracted + pull * fingerprints
 
             def normal(image: Tensor, blocks: BlockPrecision = blocks, pull: Tensor = pull) -> Tensor:
                 return operator(image) + blocks(image) + share * prior.precision(image) + pull * image
@@ -223,6 +230,16 @@ class JointINR(DensityCompensated, FingerprintSolver):
             preconditioner = estimate.preconditioner(blocks.diagonal(u) + pull, share)
             u = self.settle(operator, estimate.noise, normal, right_hand_side, preconditioner, _STEPS, u)
         return u
+
+    def _pull(self, image_noise: float, fingerprints: Tensor) -> Tensor:
+        """(x, 1, z, y) pull towards fingerprints (x, k, z, y), in units of the data term's curvature.
+
+        The variance of the noise over that of the mismatch, both of all components.
+        """
+        energy = fingerprints.abs().square().sum(1, keepdim=True)  # (x, 1, z, y)
+        noise = self.consistency * fingerprints.shape[1] * image_noise**2
+        expected = self.mismatch**2 * energy + noise / _MOST_PULL
+        return noise / expected.clamp_min(torch.finfo(energy.dtype).tiny)
 
     def _fitted(
         self,
