@@ -1,5 +1,6 @@
 """Makes the bare checkout importable where it is not installed; keeps tests out of the user's cache."""
 
+import os
 import sys
 import types
 from collections.abc import Iterator
@@ -14,11 +15,22 @@ if "quantitron" not in sys.modules:
     sys.modules["quantitron"] = package
 
 
+WORKER = "PYTEST_XDIST_WORKER"
+if WORKER in os.environ:
+    # As many processes as cores: each computes, and what it starts computes, with one thread. Before torch is.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _dictionaries_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests neither fill the user's cache of fingerprint dictionaries nor take anything from it."""
+    folder = tmp_path_factory.getbasetemp()
+    if WORKER in os.environ:
+        folder = folder.parent  # all processes of the run fill one cache
+    cache = folder / "dictionaries"
+    cache.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QUANTITRON_CACHE", str(tmp_path_factory.mktemp("dictionaries")))
+        patch.setenv("QUANTITRON_CACHE", str(cache))
         yield
 
 
