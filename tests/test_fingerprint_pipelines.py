@@ -22,8 +22,8 @@ from quantitron.host.compare import compare
 from quantitron.host.replay import replay
 from quantitron.phantoms.simulate_fingerprint import simulate_fingerprint
 
-# The first test makes all maps.
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(300)]
+# The first test makes all maps: minutes where other processes compute as well.
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(900)]
 
 PIPELINES = {
     "svdmrf": ("svdmrf",),
