@@ -17,7 +17,7 @@ if "quantitron" not in sys.modules:
 
 WORKER = "PYTEST_XDIST_WORKER"
 if WORKER in os.environ:
-    # As many processes as cores: each computes, and what it starts computes, with one thread. Before torch is.
+    # As many processes as cores: each, and what it starts, computes with one thread. Set before torch starts.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

@@ -148,14 +148,20 @@ def test_the_harder_the_pull_the_nearer_to_fingerprints(noisy):
 
 
 def test_the_pull_is_the_variance_of_the_noise_over_that_of_the_mismatch():
-    """It grows with the noise, falls with the signal, and stays finite where there is none."""
+    """It grows with the noise, falls with signal and distance, and stays finite where there is no signal."""
     fingerprints = torch.zeros(3, 2, 1, 1, dtype=torch.complex64)  # (x, k, z, y)
     fingerprints[0, :, 0, 0] = torch.tensor([3.0, 4.0j])
     fingerprints[1, :, 0, 0] = torch.tensor([30.0, 40.0j])
     solver = JointINR(start="cg", mismatch=0.1)
-    pull = [solver._pull(noise, fingerprints).flatten().tolist() for noise in (0.0, 0.01, 0.03, 1.0)]
-    assert pull[0] == [0.0, 0.0, 0.0]
-    assert pull[1][0] == pytest.approx(2 * 0.01**2 / (0.1**2 * 25), rel=1e-3)
-    assert pull[1][1] == pytest.approx(pull[1][0] / 100, rel=1e-3)
-    assert pull[2][0] == pytest.approx(9 * pull[1][0], rel=2e-2)
-    assert pull[3][0] < pull[3][2] == pytest.approx(10.0)
+
+    def pull(noise: float, away: float = 0.0) -> list[float]:
+        images = fingerprints + away * torch.tensor([0.6j, 0.8])[:, None, None]
+        return solver._pull(noise, images, fingerprints).flatten().tolist()
+
+    assert pull(0.0) == [0.0, 0.0, 0.0]
+    expected = 2 * 0.01**2 / (0.1**2 * 25)
+    assert pull(0.01)[0] == pytest.approx(expected, rel=1e-3)
+    assert pull(0.01)[1] == pytest.approx(expected / 100, rel=1e-3)
+    assert pull(0.03)[0] == pytest.approx(9 * expected, rel=2e-2)
+    assert pull(0.01, away=0.5)[0] == pytest.approx(expected / 2, rel=1e-3)  # as far as expected
+    assert pull(1.0)[0] < pull(1.0)[2] == pytest.approx(10.0)

@@ -125,7 +125,7 @@ class JointINR(DensityCompensated, FingerprintSolver):
     """Times in each round that blocks are given the covariance of their signals."""
     consistency: float = field(default=1.0, metadata={"minimum": 0})
     """Factor on the pull towards the nearest fingerprints in that, once blocks have been reweighted; 1 is the
-    statistical estimate if voxels differ from fingerprints by ``mismatch``, 0 none."""
+    statistical estimate if voxels differ from fingerprints by ``mismatch``, few by much more; 0: none."""
     mismatch: float = field(default=0.07, metadata={"above": 0})
     """Root mean square by which a voxel's signal is expected to differ from the nearest fingerprint, as a
     share of the signal: several tissues in a voxel, and what the signal model does not know. The pull so
@@ -221,7 +221,7 @@ class JointINR(DensityCompensated, FingerprintSolver):
             right_hand_side, pull = attracted, 0.0 * curvature
             if nearest is not None and number >= _CONSISTENT_FROM:
                 fingerprints = nearest(u)
-                pull = curvature * self._pull(estimate.image_noise, fingerprints)
+                pull = curvature * self._pull(estimate.image_noise, u, fingerprints)
                 right_hand_side = attracted + pull * fingerprints
 
             def normal(image: Tensor, blocks: BlockPrecision = blocks, pull: Tensor = pull) -> Tensor:
@@ -231,14 +231,17 @@ class JointINR(DensityCompensated, FingerprintSolver):
             u = self.settle(operator, estimate.noise, normal, right_hand_side, preconditioner, _STEPS, u)
         return u
 
-    def _pull(self, image_noise: float, fingerprints: Tensor) -> Tensor:
-        """(x, 1, z, y) pull towards fingerprints (x, k, z, y), in units of the data term's curvature.
+    def _pull(self, image_noise: float, u: Tensor, fingerprints: Tensor) -> Tensor:
+        """(x, 1, z, y) pull of images u (x, k, z, y) towards fingerprints, in units of the data's curvature.
 
-        The variance of the noise over that of the mismatch, both of all components.
+        The variance of the noise over that of the mismatch, both of all components. A voxel that is further
+        from its fingerprint than expected is believed to be: Student's t in place of a Gaussian, by the
+        quadratic that touches it at u.
         """
-        energy = fingerprints.abs().square().sum(1, keepdim=True)  # (x, 1, z, y)
         noise = self.consistency * fingerprints.shape[1] * image_noise**2
-        expected = self.mismatch**2 * energy + noise / _MOST_PULL
+        energy = fingerprints.abs().square().sum(1, keepdim=True)  # (x, 1, z, y)
+        distance = (u - fingerprints).abs().square().sum(1, keepdim=True)  # (x, 1, z, y)
+        expected = self.mismatch**2 * energy + distance + noise / _MOST_PULL
         return noise / expected.clamp_min(torch.finfo(energy.dtype).tiny)
 
     def _fitted(
