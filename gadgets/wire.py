@@ -13,6 +13,7 @@ import math
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,8 @@ SEND_TIMEOUT = 120.0
 """Seconds without any progress after which a peer that does not read is given up."""
 DRAIN_IDLE = 2.0
 """Seconds of silence that end the draining of a stream whose message boundaries are lost."""
+PATIENCE = 0.2
+"""Seconds after which a thread that waits for the peer looks whether it still has to."""
 
 SILENT_FOR = 300
 """Seconds without anything from the peer after which its machine is asked whether it is still there, and"""
@@ -121,6 +124,7 @@ class Wire:
         self._start = self._end = 0
         self._broken = False
         self._peer_gone = False
+        self._interrupted = False
         self.closed = False
         """Whether CLOSE has come."""
         self.acquisitions = 0
@@ -135,7 +139,7 @@ class Wire:
 
         Raises:
             StreamBroken: as ``blocks`` says.
-            PeerGone: if the connection ended before the message began.
+            PeerGone: if the connection ended before the message began, or reading was interrupted.
         """
         if not self._fill(_ID.size):
             self._peer_gone = True
@@ -206,16 +210,45 @@ class Wire:
             except StreamBroken as error:
                 logger.info("while draining: %s", error)
         self._start = self._end = 0
-        silence = select.poll()
-        silence.register(self._socket, select.POLLIN)
-        while self._broken and not self._peer_gone:
+        if self._broken:
             # boundaries are lost, so CLOSE cannot be told from data: silence is the only end there is
-            if not silence.poll(DRAIN_IDLE * 1000):
+            self.discard(math.inf, DRAIN_IDLE)
+
+    def discard(self, seconds: float, silence: float) -> None:
+        """Throw away what comes, whatever it is, until the peer ends the connection.
+
+        Args:
+            seconds: after which the peer may go on sending.
+            silence: seconds without anything that count as the end.
+        """
+        deadline = time.monotonic() + seconds
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        while not self._peer_gone and (left := deadline - time.monotonic()) > 0:
+            if not poll.poll(1000 * min(left, silence)):
                 return
             try:
                 self._peer_gone = self._socket.recv_into(self._buffer) == 0
             except OSError:
                 self._peer_gone = True
+
+    def interrupt(self) -> None:
+        """Have whoever waits for messages, in any thread, give up; the connection itself stays as it is."""
+        self._interrupted = True
+
+    def _receive(self, target: memoryview) -> int:
+        """Bytes received; 0 where the connection ended."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        while not poll.poll(1000 * PATIENCE) and not self._interrupted:
+            pass
+        if self._interrupted:
+            raise PeerGone("reading was interrupted")
+        try:
+            return self._socket.recv_into(target)
+        except OSError as error:
+            logger.info("the connection was lost: %s", error)
+            return 0
 
     def _fill(self, size: int) -> bool:
         """Have at least ``size`` bytes in the buffer; False where the connection ended before."""
@@ -233,11 +266,7 @@ class Wire:
             self._buffer, self._start, self._end = target, 0, held
         view = memoryview(self._buffer)
         while self._end - self._start < size:
-            try:
-                received = self._socket.recv_into(view[self._end :])
-            except OSError as error:
-                logger.info("the connection was lost: %s", error)
-                received = 0
+            received = self._receive(view[self._end :])
             if received == 0:
                 return False
             self._end += received

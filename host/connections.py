@@ -15,7 +15,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from types import FrameType
 
 from quantitron.gadgets.errors import ScanError
@@ -24,7 +23,13 @@ from quantitron.gadgets.wire import PeerGone, Wire
 logger = logging.getLogger("quantitron")
 
 GRACE = 5.0
-"""Seconds that running connections have to end after the host was told to stop."""
+"""Seconds that running connections have to end after the host was told to stop. Of these, a peer has"""
+TO_FINISH = 2.0
+"""seconds to send what it is sending before it is told, and"""
+TO_HEAR = 1.0
+"""seconds to hang up afterwards."""
+PAUSE = 0.2
+"""Seconds of silence after which a peer has sent all that it was sending."""
 
 
 class Stopped(BaseException):
@@ -32,7 +37,7 @@ class Stopped(BaseException):
 
 
 def accept_connections(
-    host: str, port: int, session: Callable[[socket.socket], int], ready: Callable[[int], None]
+    host: str, port: int, session: Callable[[Wire], int], ready: Callable[[int], None]
 ) -> None:
     """Serve connections, each in its own process, until SIGTERM or SIGINT.
 
@@ -95,7 +100,7 @@ def accept_connections(
 
 def _accept(
     listener: socket.socket,
-    session: Callable[[socket.socket], int],
+    session: Callable[[Wire], int],
     running: set[int],
     pipe: tuple[int, int],
 ) -> None:
@@ -121,19 +126,18 @@ def _accept(
 def _serve(
     connection: socket.socket,
     listener: socket.socket,
-    session: Callable[[socket.socket], int],
+    session: Callable[[Wire], int],
     pipe: tuple[int, int],
 ) -> None:
     """The life of the forked process; it does not return."""
 
     def stopped(_: int, __: FrameType | None) -> None:
-        # A thread that sits waiting for the next line is let go: it would be waited for, up to GRACE.
-        with suppress(OSError):
-            connection.shutdown(socket.SHUT_RD)
+        wire.interrupt()  # a thread that sits waiting for the next line would be waited for, up to GRACE
         raise Stopped
 
     status = 1
     try:
+        wire = Wire(connection)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         # Ctrl-C reaches all processes of a terminal; the parent tells when to stop
@@ -142,7 +146,7 @@ def _serve(
         listener.close()
         for end in pipe:
             os.close(end)
-        status = session(connection)
+        status = session(wire)
     except Stopped:
         logger.error("stopped while serving a connection")
     except BaseException:
@@ -176,12 +180,18 @@ def _end(running: set[int]) -> None:
 
 
 def report_stop(wire: Wire, report: Callable[[str], None]) -> None:
-    """Tell the peer that the host goes down in the middle of its scan, if that can still be said."""
+    """Tell the peer that the host goes down in the middle of its scan, if that can still be said.
+
+    What the peer is sending is read first: hanging up on a peer that sends loses it what it was told, for the
+    system then resets the connection, and Gadgetron does not read on where it cannot write.
+    """
     if wire.midway:
         wire.shut_down()
         return
     try:
+        wire.discard(TO_FINISH, PAUSE)
         report("the reconstruction host was stopped before the scan was done")
         wire.send_close()
+        wire.discard(TO_HEAR, TO_HEAR)
     except PeerGone as error:
         logger.info("%s", error)

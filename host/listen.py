@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 
 from quantitron.gadgets.chain import Chain, deliver, make_chain, parse_configuration
 from quantitron.gadgets.errors import ScanError
@@ -13,12 +12,11 @@ from quantitron.host.connections import Stopped, report_stop
 logger = logging.getLogger("quantitron")
 
 
-def serve_gadgetron(connection: socket.socket) -> int:
+def serve_gadgetron(wire: Wire) -> int:
     """Serve one scan that Gadgetron sends; returns the exit status of the process.
 
     Only images, ERROR and CLOSE go back: Gadgetron refuses TEXT from an external process.
     """
-    wire = Wire(connection)
 
     def open_chain() -> Chain:
         texts = []

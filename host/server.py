@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 from dataclasses import dataclass
 
 from quantitron.gadgets.chain import Chain, deliver, make_chain
@@ -43,9 +42,8 @@ class Server:
     """Report failures as TEXT only. Gadgetron's own client does not know ERROR: it aborts there, with a
     non-zero exit status but without closing its output, so that images which came before are lost."""
 
-    def __call__(self, connection: socket.socket) -> int:
+    def __call__(self, wire: Wire) -> int:
         """Serve a connection to its end; returns the exit status of its process."""
-        wire = Wire(connection)
         texts = TextHandler(wire)
         logger.addHandler(texts)
         try:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import socket
@@ -8,7 +9,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import h5py
@@ -489,6 +490,73 @@ def test_a_stopped_server_tells_its_clients_and_leaves_no_process():
     assert "stopped before the scan was done" in messages[-2].payload
     with pytest.raises(OSError, match="refused"):
         host.connect()
+
+
+class CannotWrite(Exception):
+    """Gadgetron reads nothing more on a connection on which it could not write."""
+
+
+def texts_in(raw: bytes) -> list[tuple[int, str]]:
+    """Complete messages at the beginning of what was received: TEXT, ERROR and CLOSE."""
+    found = []
+    while len(raw) >= 2:
+        (identifier,) = struct.unpack_from("<H", raw)
+        length = {protocol.TEXT: "<I", protocol.ERROR: "<Q", protocol.CLOSE: ""}[identifier]
+        start = 2 + struct.calcsize(length)
+        if len(raw) < start:
+            break
+        end = start + (struct.unpack_from(length, raw, 2)[0] if length else 0)
+        if len(raw) < end:
+            break
+        found.append((identifier, raw[start:end].decode()))
+        raw = raw[end:]
+    return found
+
+
+def as_gadgetron(connection: socket.socket, lines: bytes, begun: Callable[[], None]) -> list[tuple[int, str]]:
+    """Send lines for as long as it takes, as Gadgetron does to an external process: at an ERROR it says CLOSE
+    and reads on to CLOSE."""
+    received = b""
+    sending = True
+    while not (found := texts_in(received)) or found[-1][0] != protocol.CLOSE:
+        if sending and any(identifier == protocol.ERROR for identifier, _ in found):
+            connection.sendall(CLOSE)
+            sending = False
+        if sending:
+            try:
+                connection.sendall(lines)
+            except OSError as error:
+                raise CannotWrite from error
+            begun()
+        if not sending or select.select([connection], [], [], 0)[0]:
+            received += connection.recv(1 << 16)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["serve", "listen"])
+def test_a_stopped_host_tells_one_that_goes_on_sending(kind):
+    host = Host(kind)
+    started = time.monotonic()
+    stopped: list[float] = []
+
+    def stop() -> None:
+        if not stopped and time.monotonic() - started > 0.5:
+            stopped.append(time.monotonic())
+            host.process.send_signal(signal.SIGTERM)
+
+    with host.connect() as connection:
+        wire = Wire(connection)
+        configuration = (
+            pipeline(gather()) if kind == "serve" else f"<configuration>{gather()}</configuration>"
+        )
+        wire.send_text(protocol.CONFIG, configuration)
+        wire.send_text(protocol.HEADER, HEADER)
+        messages = as_gadgetron(connection, data(300), stop)
+    host.process.communicate(timeout=20)
+    assert host.process.returncode == 0
+    assert time.monotonic() - stopped[0] < 10
+    assert messages[-2][0] == protocol.ERROR
+    assert "stopped before the scan was done" in messages[-2][1]
 
 
 NO_PROCESS = """import os

@@ -3,6 +3,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 
 import ismrmrd
@@ -207,6 +208,38 @@ def test_a_peer_whose_machine_is_gone_is_not_waited_for_for_ever():
         options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
         idle, between, count = (own.getsockopt(socket.IPPROTO_TCP, option) for option in options)
         assert idle + between * count == 900
+
+
+def test_who_waits_for_the_peer_can_be_let_go_and_the_connection_stays(pair):
+    own, other = pair
+    wire = Wire(own)
+    ended = []
+
+    def wait() -> None:
+        with pytest.raises(PeerGone, match="interrupted"):
+            list(wire.blocks(ended.append))
+        ended.append("let go")
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    wire.interrupt()
+    thread.join(5)
+    assert ended == ["let go"]
+    wire.send_close()
+    assert other.recv(2) == CLOSE
+
+
+def test_what_is_thrown_away_ends_with_silence_and_with_the_connection(pair):
+    own, other = pair
+    wire = Wire(own)
+    other.sendall(bytes(1000))
+    started = time.monotonic()
+    wire.discard(20, 0.1)
+    other.sendall(b"more")
+    other.close()
+    wire.discard(20, 20)
+    wire.discard(20, 20)
+    assert time.monotonic() - started < 10
 
 
 def test_drain_reads_to_close_and_no_further(pair):
