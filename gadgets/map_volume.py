@@ -61,7 +61,7 @@ class MapVolume:
 
 
 def map_volumes(images: Iterable[ismrmrd.Image]) -> dict[str, MapVolume]:
-    """The quantitative maps among the images, by role, without previews.
+    """The quantitative maps among the images, by role, without previews; of several runs the last.
 
     Raises:
         ScanError: if a map's scale is missing or its slices differ in size.
@@ -76,7 +76,7 @@ def map_volumes(images: Iterable[ismrmrd.Image]) -> dict[str, MapVolume]:
 
 
 def magnitude_volumes(images: Iterable[ismrmrd.Image]) -> list[MapVolume]:
-    """The ordinary magnitude images, by ascending series (echo).
+    """The ordinary magnitude images, by ascending series (echo); of several runs the last.
 
     Raises:
         ScanError: if an image's scale is missing or the slices of a series differ in size.
@@ -89,7 +89,7 @@ def magnitude_volumes(images: Iterable[ismrmrd.Image]) -> list[MapVolume]:
 
 
 def _volume(role: str, parts: list[ismrmrd.Image]) -> MapVolume:
-    parts = sorted(parts, key=lambda image: int(image.slice))
+    parts = sorted(_last_run(parts), key=lambda image: int(image.slice))
     if len({image.data.shape[1:] for image in parts}) > 1:
         raise ScanError(f"the images of map {role} differ in size")
     values = np.concatenate([_values(role, image) for image in parts])  # (z, y, x)
@@ -101,6 +101,12 @@ def _volume(role: str, parts: list[ismrmrd.Image]) -> MapVolume:
     if len(parts) > 1 and first.matrix_size[2] == 1:
         size_z = float(np.linalg.norm(np.subtract(parts[1].position, first.position)))
     return MapVolume(role, _unit(first), values, (size_z, size_y, size_x), tuple(parts))
+
+
+def _last_run(parts: list[ismrmrd.Image]) -> list[ismrmrd.Image]:
+    """Images of the series that was written last: a client that is given a group again appends to it."""
+    last = parts[-1].meta.get("SeriesInstanceUID")
+    return [image for image in parts if image.meta.get("SeriesInstanceUID") == last]
 
 
 def _unit(image: ismrmrd.Image) -> str:

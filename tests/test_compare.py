@@ -161,6 +161,18 @@ def test_the_latest_run_counts_and_a_map_file_can_be_the_truth(tmp_path: Path) -
     assert compare(path, reference)["maps"]["T1"]["nrmse"] == 0
 
 
+@pytest.mark.parametrize("layout", ["volume", "slices"])
+def test_of_runs_that_a_client_appended_to_one_group_the_last_counts(tmp_path: Path, layout: str) -> None:
+    runs = [
+        image
+        for maps in (dict(brain(), t1=2 * brain()["t1"]), brain())
+        for image in map_images(maps, {0: axial_header()}, FIELD_OF_VIEW, layout=layout)
+    ]
+    write_images(tmp_path / "maps.h5", "maps", runs)
+    reference = write(tmp_path / "reference.h5", None, brain(), layout=layout)
+    assert compare(tmp_path / "maps.h5", reference)["maps"]["T1"]["nrmse"] == 0
+
+
 def test_without_a_mask_all_voxels_with_truth_count(tmp_path: Path) -> None:
     truth = brain()
     inside = truth.pop("mask")
