@@ -434,6 +434,17 @@ def run(connection: Any) -> None:
     """
     wire = Wire(connection.socket.socket)
     where = "pipeline"
+    say_close = connection.socket.close
+
+    def close() -> None:
+        """Gadgetron's package says CLOSE at the end, and fails with a traceback where nobody is left."""
+        try:
+            say_close()
+        except OSError as error:
+            logger.info("nobody is left to be told the end: %s", error.strerror)
+            connection.socket.socket.close()
+
+    connection.socket.close = close
 
     def open_chain() -> Chain:
         configuration = parse_configuration(connection.raw_bytes.config, where)

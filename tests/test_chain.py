@@ -357,3 +357,18 @@ def test_run_reports_a_failure_as_error_and_exits_with_one(monkeypatch):
     assert identifiers == [protocol.IMAGE, protocol.IMAGE, protocol.ERROR, protocol.CLOSE]
     assert "told to fail" in str(payloads[2])
     assert status == 1
+
+
+def test_run_ends_without_another_error_where_gadgetron_is_gone(monkeypatch):
+    from gadgetron.external.connection import Connection
+
+    monkeypatch.setattr(chain_module, "GADGETS", GADGETS)
+    own, other = socket.socketpair()
+    with other:
+        peer = Wire(other)
+        peer.send_text(protocol.CONFIG, f"<configuration>{gather()}</configuration>")
+        peer.send_text(protocol.HEADER, HEADER)
+        other.sendall(stream(scan()))
+    with pytest.raises(SystemExit, match="1"), Connection(own) as connection:
+        chain_module.run(connection)
+    assert own.fileno() == -1
