@@ -343,7 +343,10 @@ class Wire:
         )
         (flags,) = _LONG_LENGTH.unpack_from(self._buffer, at + _FLAGS_AT)
         if flags & _COMPRESSED:
-            raise self._break(f"{what} is compressed, which only Gadgetron itself can undo")
+            raise self._break(
+                f"{what} is compressed, which nothing has undone: let the client send without -P, -T and -Z, "
+                "or let GadgetIsmrmrdAcquisitionMessageReader of gadgetron_mricore be the pipeline's reader"
+            )
         size = samples * dimensions * 4 + samples * channels * 8
         if channels > MAXIMUM_CHANNELS or dimensions > MAXIMUM_TRAJECTORY or size > MAXIMUM_ACQUISITION:
             raise self._break(
