@@ -52,8 +52,8 @@ class BasisGadget(Gadget):
     """``dictionary`` (from the protocol, before the scan), ``navigator`` or ``centre`` (from the data);
     ``auto`` is the dictionary."""
     rank: int | float | None = field(default=None, metadata={"above": 0})
-    """Columns (1 or more, whole), or below 1 the share of the signal's energy to keep; None for 0.9999 in
-    fingerprints and 0.99999 in all other scans."""
+    """Columns (1 or more, whole), or below 1 the share of the signal's energy to keep at least, in no fewer
+    columns than the maps take; None for 0.9999 in fingerprints and 0.99999 in all other scans."""
     t1_range: tuple[float, float] | None = field(default=None, metadata={"above": 0})
     """First and last T1 of the dictionary [s]. This and what follows are for ``fisp_mrf`` only."""
     t2_range: tuple[float, float] | None = field(default=None, metadata={"above": 0})
@@ -97,8 +97,8 @@ class BasisGadget(Gadget):
             raise ScanError(
                 f"basis: rank {int(rank)} is above the {contrasts} contrasts of this {sequence} scan"
             )
-        if rank >= 1:
-            _check_columns(int(rank), sequence)
+        if isinstance(rank, int):
+            _check_columns(rank, sequence)
         if sequence == "fisp_mrf":
             if self.source not in ("auto", "dictionary"):
                 raise ScanError(
@@ -126,22 +126,17 @@ class BasisGadget(Gadget):
         return tuple(np.linspace(first, last, points).tolist())
 
     def _columns(self, leading: Callable[[int | float], Basis], context: Context) -> Basis:
-        """The basis of the rank that is set; by default with as many columns as the maps take at least.
+        """The basis of the rank that is set. An energy is kept in as many columns as the maps take at least.
 
         Args:
             leading: makes the basis of a number of columns or a share of the energy.
             context: of the scan.
 
-        Raises:
-            ScanError: if the rank that is set leaves too few.
         """
         sequence = context.protocol.sequence
         basis = leading(self.columns_or_energy(sequence))
-        least = min(LEAST_COLUMNS.get(sequence, 1), context.protocol.contrasts)
-        if self.rank is None and basis.rank < least:
-            return leading(least)
-        _check_columns(basis.rank, sequence)
-        return basis
+        least = LEAST_COLUMNS.get(sequence, 1)
+        return leading(least) if basis.rank < least else basis
 
     def make_ready(self, context: Context) -> None:
         """Simulate the dictionary of a fingerprint, which may take minutes, and take its leading columns.
@@ -201,13 +196,13 @@ class BasisGadget(Gadget):
             )
 
     def _measured(self, scan: ScanData, kspace: KSpace, context: Context) -> Basis:
-        rank = self.columns_or_energy(context.protocol.sequence)
+        navigator, contrasts = scan.navigator, context.protocol.contrasts
         try:
             if self.source == "centre":
-                return centre_basis(kspace, rank)
-            if scan.navigator is None:
+                return self._columns(lambda kept: centre_basis(kspace, kept), context)
+            if navigator is None:
                 raise ScanError("basis: source is 'navigator', but the scan has no navigator lines")
-            return measured_basis(scan.navigator, context.protocol.contrasts, rank)
+            return self._columns(lambda kept: measured_basis(navigator, contrasts, kept), context)
         except ValueError as error:
             raise ScanError(f"basis: {error}") from error
 

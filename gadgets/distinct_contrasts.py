@@ -7,10 +7,14 @@ from collections.abc import Sequence
 
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.header_values import listed
+from quantitron.gadgets.protocol_precision import NOISE, relative_deviations, typical_tissue
 from quantitron.recon.data import Protocol
 
 ROUNDING = 1e-3
 """Values that differ by less than this share of the largest are one value, written twice."""
+LEAST_NOISE = 1e-4
+"""Of the whole signal of a voxel: no scan has less. Where it scatters a time by as much as its own value, the
+protocol does not tell that time."""
 
 
 def require_distinct_contrasts(protocol: Protocol, excitation_counter: str | None) -> None:
@@ -28,8 +32,21 @@ def require_distinct_contrasts(protocol: Protocol, excitation_counter: str | Non
     Raises:
         ScanError: if the flip angles of ``vfa_gre``, the time points of ``fisp_mrf``, or the excitations,
             preparations or inversion efficiency of ``t2ir_gre``, leave T1 or T2 open; the sentence names the
-            header's element.
+            header's element. Or if they differ, but not in the signal (flip angles of 180 and 10 degrees).
     """
+    _require_distinct_values(protocol, excitation_counter)
+    for name, deviation in relative_deviations(protocol).items():
+        if name in ("t1", "t2") and deviation * LEAST_NOISE / NOISE > 1:
+            angles = sorted({round(math.degrees(angle), 2) for angle in protocol.flip_angle})
+            raise ScanError(
+                f"flip angles of {listed(angles)} degrees and the times of this {protocol.sequence} scan do "
+                f"not tell {name.upper()}: even noise of {100 * LEAST_NOISE:g} % of the signal would scatter "
+                f"it by more than its value in tissue of {typical_tissue()}"
+            )
+
+
+def _require_distinct_values(protocol: Protocol, excitation_counter: str | None) -> None:
+    """The part that needs no signal: values that are missing or alike."""
     if protocol.sequence == "fisp_mrf" and protocol.contrasts < 3:
         raise ScanError(
             f"the schedule has {protocol.contrasts} time points; fisp_mrf needs three or more to tell T1, T2 "

@@ -70,6 +70,13 @@ def relative_deviations(protocol: Protocol) -> dict[str, float]:
     return found
 
 
+def typical_tissue() -> str:
+    """``TISSUE`` in words."""
+    return ", ".join(
+        f"{title} {1e3 * TISSUE[key]:g} ms" for key, title in (("t1", "T1"), ("t2", "T2"), ("t2star", "T2*"))
+    )
+
+
 def precision_notes(protocol: Protocol) -> list[str]:
     """A sentence for each relaxation time that the protocol hardly tells."""
     notes = []
@@ -77,14 +84,10 @@ def precision_notes(protocol: Protocol) -> list[str]:
         if deviation < HARDLY:
             continue
         label = {"t1": "T1", "t2": "T2", "t2star": "T2*"}[name]
-        tissue = ", ".join(
-            f"{title} {1e3 * TISSUE[key]:g} ms"
-            for key, title in (("t1", "T1"), ("t2", "T2"), ("t2star", "T2*"))
-        )
         scatter = "more than tenfold" if deviation > 10 else f"by {100 * deviation:.0f} %"
         notes.append(
             f"this protocol hardly tells {label}: noise of {100 * NOISE:g} % of the signal scatters it "
-            f"{scatter} in tissue of {tissue}"
+            f"{scatter} in tissue of {typical_tissue()}"
         )
     return notes
 

@@ -571,9 +571,10 @@ def test_rank_as_columns_or_energy():
     assert scan.basis.rank == 2
     BasisGadget(rank=0.9999999).prepare(scan)
     assert scan.basis.rank == 3
-    for few in (1, 0.5):
-        with pytest.raises(ScanError, match=r"rank leaves 1 column .* T1 and PD of vfa_gre take 2 or more"):
-            BasisGadget(rank=few).prepare(scan)
+    with pytest.raises(ScanError, match=r"rank leaves 1 column .* T1 and PD of vfa_gre take 2 or more"):
+        BasisGadget(rank=1).prepare(scan)
+    BasisGadget(rank=0.5).prepare(scan)  # half the energy at least, in what the maps take
+    assert scan.basis.rank == 2
     with pytest.raises(ScanError, match="rank 4 is above the 3 contrasts of this vfa_gre scan"):
         BasisGadget(rank=4).prepare(scan)
     with pytest.raises(ScanError, match=r"rank is 1\.5"):

@@ -24,7 +24,7 @@ def made(protocol: Protocol | None = None, **options):
         (images((1, 12, 20), slices=3, coils=5), fingerprint(7, inversion_efficiency=0.93)),
         (
             images((6, 12, 20)),
-            fingerprint(4, inversion_time=(), repetition_time=(0.011, 0.013, 0.012, 0.015)),
+            fingerprint(12, inversion_time=(), repetition_time=(0.011, 0.013, 0.012, 0.015) * 3),
         ),
         (images(trajectory="radial"), fingerprint(5, rf_phase=(0.0, math.pi, 0.0, 1.25, 0.0))),
         (images(trajectory="other"), fingerprint(5, flip_angle=(0.0, 0.5, 0.5, 0.0, math.pi))),

@@ -363,6 +363,7 @@ def test_missing_preparations_are_named():
     [
         (vfa((10, 10)), r"\(flipAngle_deg\) are 10, 10; vfa_gre needs two that differ to tell T1"),
         (vfa((10, 10, 10.001)), "needs two that differ"),
+        (vfa((180, 10)), "flip angles of 10, 180 degrees .* do not tell T1"),
         (replace(t2ir(), preparation_time=(0.05,)), r"\(T2PrepDuration\) are 50 ms; .* two that differ"),
         (replace(t2ir(), preparation_time=(0.05, 0.05)), "are 50, 50 ms; .* unless .* InversionEfficiency"),
         (replace(t2ir(), preparation_time=(0.0,)), "are 0 ms; t2ir_gre needs one above 0 to tell T2"),

@@ -580,6 +580,10 @@ def test_impossible_scans_are_refused(tmp_path, phantom, arguments, sentence):
     ("arguments", "sentence"),
     [
         ({"sequence": "vfa_gre", "flip_angles": (0.1, 0.1)}, "vfa_gre needs two that differ to tell T1"),
+        (
+            {"sequence": "vfa_gre", "flip_angles": (math.pi, 0.2)},
+            r"flip angles of 11\.46, 180 degrees .* of this vfa_gre scan do not tell T1: even noise of",
+        ),
         ({"sequence": "megre", "echo_times": (2e-3, 2.0000000001e-3)}, "not positive and ascending"),
         ({"sequence": "t2ir_gre", "excitations": 1}, "1 excitation after each preparation"),
         (
