@@ -23,6 +23,7 @@ from ismrmrd.hdf5 import image_header_dtype
 from numpy.typing import NDArray
 
 from quantitron.gadgets.errors import ScanError
+from quantitron.gadgets.uninterrupted import uninterrupted
 
 TRUTH_GROUP = "truth"
 """Group of a raw file that holds the ground truth of a simulated scan."""
@@ -51,7 +52,8 @@ def write_images(
     """Write images into one group of an HDF5 file; other groups of an existing file stay as they are.
 
     Each image is on disk before the next one is asked for: what was computed before a failure is kept, and
-    the file is not held open while the next image is computed.
+    the file is not held open while the next image is computed. Ctrl-C and SIGTERM wait for an image that is
+    being written, which would leave a series that nobody can read.
 
     Args:
         path: file to create or to add to.
@@ -78,9 +80,10 @@ def write_images(
                 del file[name]
             file.create_group(name)
         for image in images:
-            reserve(path, image.data.nbytes + len(image.attribute_string))
-            with h5py.File(path, "a") as file:
-                _append(file[name], image, path)
+            with uninterrupted():
+                reserve(path, image.data.nbytes + len(image.attribute_string))
+                with h5py.File(path, "a") as file:
+                    _append(file[name], image, path)
             written += 1
     except (OSError, RuntimeError) as error:  # h5py raises either, by where in HDF5 the write failed
         raise ScanError(f"cannot write {path}: {reason(error)}") from error

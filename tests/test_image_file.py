@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +14,10 @@ import ismrmrd
 import numpy as np
 import pytest
 
+from quantitron.gadgets import image_file
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.image_file import image_groups, read_images, write_images
+from quantitron.gadgets.uninterrupted import uninterrupted
 
 
 def image(series: int, value: complex = 1, kind: type = np.float32, **meta: object) -> ismrmrd.Image:
@@ -224,3 +228,57 @@ def test_reserved_room_is_given_back(tmp_path: Path) -> None:
     path = tmp_path / "maps.h5"
     write_images(path, "run", [image(101 + s) for s in range(20)])
     assert path.stat().st_size < 20 * 32768
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_image_that_is_being_written_when_somebody_stops_the_process_is_written_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    path = tmp_path / "maps.h5"
+    given: list[int] = []
+    plain = image_file._ascii
+
+    def stopped_here(text: str) -> str:
+        if len(given) == 2:
+            signal.raise_signal(number)
+        return plain(text)
+
+    def images() -> Iterator[ismrmrd.Image]:
+        for value in range(4):
+            given.append(value)
+            yield image(101, value)
+
+    def ends(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(image_file, "_ascii", stopped_here)
+    before = {each: signal.signal(each, ends) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write_images(path, "run", images())
+        assert all(signal.getsignal(each) is ends for each in before)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert given == [0, 1]
+    assert [float(found.data.max()) for found in read_images(path)] == [0, 1]
+
+
+def test_nothing_is_held_back_in_other_threads_nor_from_who_ignores_it() -> None:
+    done: list[bool] = []
+
+    def work() -> None:
+        with uninterrupted():
+            done.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
