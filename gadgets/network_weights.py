@@ -14,7 +14,6 @@ import json
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.network_description import description_text, read_description, strict_json
+from quantitron.gadgets.unfinished_file import clear_abandoned, discard, unfinished_file
 from quantitron.recon.networks.conditional_unet import ConditionalUNet, UNetShape
 from quantitron.recon.networks.trained_network import NetworkDescription, NetworkRequest, TrainedNetwork
 
@@ -320,21 +320,19 @@ def _in_order(content: bytes) -> bytes:
 
 
 def _put(path: Path, content: bytes) -> None:
-    unfinished: Path | None = None
+    unfinished = unfinished_file(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f"{path.stem}.", suffix=".part", dir=path.parent)
-        unfinished = Path(name)
-        with os.fdopen(handle, "wb") as file:
+        clear_abandoned(path)
+        with unfinished.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        unfinished.chmod(0o644)
         unfinished.replace(path)
     except OSError as error:
-        if unfinished is not None:
-            unfinished.unlink(missing_ok=True)
         raise ScanError(f"{path} cannot be written: {_reason(error)}") from error
+    finally:
+        discard(unfinished)
 
 
 def _reason(error: Exception) -> str:

@@ -1,10 +1,8 @@
-"""What must not be replaced, a file that the same run reads, and what must not stay, an unfinished one."""
+"""What an output must not replace: a file that the same run reads."""
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
-from pathlib import Path
 
 from quantitron.gadgets.errors import ScanError
 
@@ -24,10 +22,3 @@ def check_no_input(output: str | os.PathLike[str], *inputs: str | os.PathLike[st
         if os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path):
             called = "" if os.fspath(path) == os.fspath(output) else f" (as {path})"
             raise ScanError(f"{output} is read{called} and cannot be the output as well")
-
-
-def discard(unfinished: Path) -> None:
-    """Remove a file that was not finished, if it is there and can be removed: why it was not finished is the
-    error to tell."""
-    with suppress(OSError):
-        unfinished.unlink()

@@ -19,6 +19,8 @@ from quantitron.gadgets.chain import make_chain
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.image_file import read_images, write_images
 from quantitron.gadgets.output_file import check_no_input
+from quantitron.gadgets.unfinished_file import abandoned_files, discard, unfinished_file
+from quantitron.gadgets.uninterrupted import uninterrupted
 from quantitron.host.client import parse_address, send_scan
 from quantitron.host.configuration import (
     external_configuration,
@@ -172,7 +174,10 @@ def _write(images: Iterable[ismrmrd.Image], target: Path, result: Replayed) -> N
     After a failure the images that were written are kept under the target's name; so they are where somebody
     stops the replay.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+    partial = unfinished_file(target)
+    abandoned = abandoned_files(target)
+    for path in abandoned:
+        logger.info("%s is of a replay that was killed; it is removed when this one is done", path)
 
     def counted() -> Iterator[ismrmrd.Image]:
         for image in images:
@@ -188,9 +193,13 @@ def _write(images: Iterable[ismrmrd.Image], target: Path, result: Replayed) -> N
     if failure is None and not result.images:
         failure = ScanError("the pipeline ended without any image")
     if failure is None:
-        partial.replace(target)
+        with uninterrupted():
+            partial.replace(target)
+            for path in abandoned:
+                discard(path)
         return
-    kept = _keep(partial, target)
+    with uninterrupted():
+        kept = _keep(partial, target)
     sentence = str(failure).replace(str(partial), str(target))
     where = f"{kept} images that were finished before are in {target}"
     if not isinstance(failure, ScanError):

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.header import make_header
 from quantitron.gadgets.image_file import TRUTH_GROUP, reason, write_images
-from quantitron.gadgets.output_file import check_no_input, discard
+from quantitron.gadgets.output_file import check_no_input
 from quantitron.gadgets.readable_header import require_readable
+from quantitron.gadgets.unfinished_file import clear_abandoned, discard, unfinished_file
 from quantitron.phantoms.acquisition_order import Pass, acquisition_headers, order_passes
 from quantitron.phantoms.anatomy import Anatomy
 from quantitron.phantoms.coils import noise_covariance
@@ -229,7 +230,8 @@ def simulate(
     positions = [(0.0, 0.0, 1e3 * height) for height in heights]
     heads = acquisition_headers(passes, protocol, positions, points // 2, DWELL_TIME)
 
-    part = output.with_name(output.name + ".part")
+    part = unfinished_file(output)
+    clear_abandoned(output)
     noise_lines = 0 if noise_free else -(-NOISE_SAMPLES // points)
     try:
         raw = RawFile(part, header)

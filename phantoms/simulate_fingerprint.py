@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.header import make_header
 from quantitron.gadgets.image_file import TRUTH_GROUP, reason, write_images
-from quantitron.gadgets.output_file import check_no_input, discard
+from quantitron.gadgets.output_file import check_no_input
 from quantitron.gadgets.readable_header import require_readable
+from quantitron.gadgets.unfinished_file import clear_abandoned, discard, unfinished_file
 from quantitron.phantoms.coils import noise_covariance
 from quantitron.phantoms.encode import POINT_SPREADS, PointSpread
 from quantitron.phantoms.fingerprint_order import (
@@ -218,7 +219,8 @@ def simulate_fingerprint(
 
     points_of_noise = arms.shape[1]
     noise_lines = 0 if noise_free else -(-NOISE_SAMPLES // points_of_noise)
-    part = output.with_name(output.name + ".part")
+    part = unfinished_file(output)
+    clear_abandoned(output)
     samples = 0
     try:
         raw = RawFile(part, header)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from quantitron.gadgets.errors import ScanError
-from quantitron.gadgets.output_file import discard
+from quantitron.gadgets.unfinished_file import clear_abandoned, discard, unfinished_file
 from quantitron.phantoms.anatomy import Anatomy
 from quantitron.phantoms.simulate import load_anatomy
 from quantitron.recon.canonical_series import canonical_series, protocol_checksum, tissue_axes
@@ -254,9 +254,11 @@ def _name(
 
 def _write(path: Path, pair: SeriesPair) -> None:
     """Under another name first: a file is whole or not there."""
-    part = path.with_name(f"{path.stem}.{os.getpid()}.part.npz")
+    part = unfinished_file(path)
+    clear_abandoned(path)
     try:
-        np.savez(part, reconstructed=pair.reconstructed.numpy(), perfect=pair.perfect.numpy())
+        with part.open("wb") as stream:
+            np.savez(stream, reconstructed=pair.reconstructed.numpy(), perfect=pair.perfect.numpy())
         os.replace(part, path)
     except OSError as error:
         raise ScanError(f"{path} cannot be written: {error.strerror}") from error
