@@ -6,6 +6,7 @@ Scans on a trajectory are gathered by ``trajectory_accumulate``.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -94,10 +95,20 @@ def _add(scan: _CartesianScan | TrajectoryScan, block: AcquisitionBlock, chosen:
         energy = _energy(block) if energy is None else energy
         finite = np.isfinite(energy) | ~piece
         if not finite.all():
-            raise ScanError(
-                f"acquisition {block.first + int(finite.argmin())} has samples that are not finite numbers"
-            )
+            raise ScanError(_too_large(block, int(finite.argmin())))
         scan.add(block, piece, energy)
+
+
+def _too_large(block: AcquisitionBlock, row: int) -> str:
+    """Why the energy of a line is no number: a sample is none, or has none for its square."""
+    line = f"acquisition {block.first + row}"
+    largest = float(np.abs(block.data[row].astype(np.complex128)).max())
+    if math.isfinite(largest):
+        return (
+            f"{line} has samples too large to be of this scan: on its common scale they reach {largest:.1g}, "
+            "and their squares go beyond single precision"
+        )
+    return f"{line} has samples that are not finite numbers, or so large that on the common scale they are not"
 
 
 class _CartesianScan:

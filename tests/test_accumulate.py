@@ -517,6 +517,14 @@ def test_samples_that_are_no_numbers_are_named(value):
         accumulate(numbered(lines), scan_of(megre()))
 
 
+def test_a_sample_that_is_a_number_is_not_called_none():
+    """The square of 1e30 is none in single precision."""
+    lines = full_scan(megre(), encoding(), NX)
+    lines.data[6, 1, 3] = 1e30
+    with pytest.raises(ScanError, match=r"^acquisition 6 has samples too large .*: .* they reach 1e\+30"):
+        accumulate(numbered(lines), scan_of(megre()))
+
+
 def test_changing_number_of_channels_is_named():
     lines = full_scan(megre(), encoding(), NX)
     with pytest.raises(ScanError, match="acquisition 10 has 3 channels, the ones before have 2"):
