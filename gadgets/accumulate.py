@@ -108,7 +108,9 @@ def _too_large(block: AcquisitionBlock, row: int) -> str:
             f"{line} has samples too large to be of this scan: on its common scale they reach {largest:.1g}, "
             "and their squares go beyond single precision"
         )
-    return f"{line} has samples that are not finite numbers, or so large that on the common scale they are not"
+    return (
+        f"{line} has samples that are not finite numbers, or so large that on the common scale they are not"
+    )
 
 
 class _CartesianScan:

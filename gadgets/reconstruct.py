@@ -22,6 +22,7 @@ from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget, SliceProblem
 from quantitron.gadgets.image_metadata import SHORT_CHECKSUM
 from quantitron.gadgets.network_weights import requested_network
+from quantitron.gadgets.solver_class import require_complete
 from quantitron.gadgets.solver_result import check_result
 from quantitron.recon.data import Encoding, Maps, Problem
 from quantitron.recon.device import choose_device
@@ -64,8 +65,8 @@ class Reconstruct(Gadget):
             sequence: of the scan; it decides where several solvers share a name. None takes the first.
 
         Raises:
-            ScanError: if the solver does not exist or is not for this sequence, or a property belongs neither
-                to it nor to the gadget.
+            ScanError: if the solver does not exist or is not for this sequence, a property belongs neither to
+                it nor to the gadget, or a class in ``SOLVERS`` is not complete.
         """
         chosen = str(values.get("solver", cls.solver))
         named = _solvers_named(chosen)
@@ -247,6 +248,7 @@ def _any_value(values: torch.Tensor, mask: torch.Tensor) -> bool:
 
 def _solvers_named(name: str) -> list[type[Solver]]:
     """Several may share a name, each for sequences of its own."""
+    require_complete(SOLVERS)
     return [kind for kind in SOLVERS if kind.name == name]
 
 

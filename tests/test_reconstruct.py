@@ -268,6 +268,45 @@ def test_names_that_collide_are_refused(monkeypatch, name, own, sentence):
         Reconstruct.build({"solver": name}, "here", "megre")
 
 
+class Bare(Solver):
+    """What a developer of methods begins with."""
+
+    sequences = ("megre",)
+
+
+class NoSettings(Bare):
+    """Fields without the decorator that makes them settings."""
+
+    name = "mine"
+    steps: int = 3
+
+
+@dataclass(frozen=True)
+class OfNothing(Solver):
+    """For no sequence."""
+
+    name: ClassVar[str] = "mine"
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        (Bare, r"the solver class test_reconstruct\.Bare has no name; give it one: name: ClassVar\[str\] ="),
+        (NoSettings, r"test_reconstruct\.NoSettings is no dataclass, so that its fields are no settings"),
+        (OfNothing, r"test_reconstruct\.OfNothing lists no sequences that it reconstructs"),
+    ],
+)
+@pytest.mark.parametrize("wanted", ["subspace", "mine"])
+def test_a_solver_that_is_not_complete_is_named_when_solvers_are_looked_up(
+    monkeypatch, kind, sentence, wanted
+):
+    monkeypatch.setattr(reconstruct, "SOLVERS", (*reconstruct.SOLVERS, kind))
+    with pytest.raises(ScanError, match=sentence):
+        Reconstruct.build({"solver": wanted}, "here", "megre")
+    with pytest.raises(ScanError, match=sentence):
+        Reconstruct.sequences_of({"solver": wanted})
+
+
 def test_nothing_reconstructed_is_an_error():
     with pytest.raises(ScanError, match="gave no maps: the energy is negative"):
         _run([-1.0], _context())
