@@ -27,7 +27,7 @@ from quantitron.gadgets.solver_result import check_result
 from quantitron.recon.data import Encoding, Maps, Problem
 from quantitron.recon.device import choose_device
 from quantitron.recon.networks.trained_network import NetworkRequest, TrainedNetwork
-from quantitron.recon.signal_presence import calibration_serves, holds_signal, silenced
+from quantitron.recon.signal_presence import calibration_serves, holds_signal, is_one_plane, silenced
 from quantitron.recon.solvers import SOLVERS, Solver, Subspace
 
 logger = logging.getLogger("quantitron")
@@ -174,6 +174,11 @@ class Reconstruct(Gadget):
                     context.note(
                         f"the calibration of {_named(number, slices)} holds noise alone, or too little of "
                         "k-space: coil maps come from the scan itself"
+                    )
+                elif is_one_plane(problem):
+                    context.note(
+                        f"the calibration of {_named(number, slices)} holds kz = 0 alone: its coil maps do "
+                        "not change along z, and maps are the less to be relied on the thicker the slab"
                     )
                 problem = replace(problem, device=device, seed=self.seed, network=context.network)
                 try:

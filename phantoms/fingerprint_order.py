@@ -19,6 +19,8 @@ ORDERS = ("sequential", "shuffled")
 GOLDEN = (math.sqrt(5) - 1) / 2
 PAUSE = 5.0
 """From the end of a train to the next inversion [s]."""
+LEAST_REACH = 3
+"""Partitions on either side of kz = 0 that the calibration of a slab holds at least."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,8 @@ def readout_headers(
 def with_calibration(
     trains: list[Train], interleaves: int, partitions: int, radius: float, time_point: int
 ) -> list[Train]:
-    """Calibration before the imaging of each slice: every interleaf, in the partitions near kz = 0.
+    """Calibration before the imaging of each slice: every interleaf, in the partitions near kz = 0, within
+    ``LEAST_REACH`` of it however small the radius: of one plane no coil map tells how it changes along z.
 
     Args:
         trains: of the imaging, slice after slice.
@@ -170,7 +173,8 @@ def with_calibration(
         radius: of the calibration in k-space [cycles per voxel].
         time_point: whose contrast it has.
     """
-    near = [kz for kz in range(partitions) if abs(kz - partitions // 2) <= radius * partitions]
+    reach = max(radius * partitions, LEAST_REACH)
+    near = [kz for kz in range(partitions) if abs(kz - partitions // 2) <= reach]
     result = []
     for number, train in enumerate(trains):
         if number == 0 or train.slice != trains[number - 1].slice:

@@ -96,6 +96,14 @@ def centred_box(sampled: Tensor) -> tuple[int, int]:
     return best
 
 
+def fills_centre(calibration: Calibration) -> bool:
+    """Whether the lines of one slice fill a box about the k-space centre that tells of every axis: one plane
+    of a slab tells nothing of z."""
+    nz, ny = calibration.count.shape[1:]
+    bz, by = centred_box(calibration.count[0] > 0)
+    return by >= min(ny, 6) and bz >= min(nz, 2)
+
+
 def _cut(array: Tensor, box: tuple[int, int]) -> Tensor:
     """Centred box of the two leading axes (z, y)."""
     for axis, (full, kept) in enumerate(zip(array.shape[:2], box, strict=True)):
@@ -113,10 +121,9 @@ def _readout_centre(block: Tensor) -> Tensor:
 
 def _calibration_block(calibration: Calibration) -> Tensor | None:
     """(1, c, z, y, x) k-space block of the calibration lines; None where they hold no usable centre."""
-    nz, ny = calibration.count.shape[1:]
-    bz, by = centred_box(calibration.count[0] > 0)
-    if by < min(ny, 6) or bz < min(nz, 2):
+    if not fills_centre(calibration):
         return None
+    bz, by = centred_box(calibration.count[0] > 0)
     box = (min(bz, CALIBRATION_WIDTH), min(by, CALIBRATION_WIDTH))
     block = _cut(calibration.samples[0], box)  # (z, y, c, x)
     return _readout_centre(block).permute(2, 0, 1, 3)[None]

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from quantitron.recon.coils import fills_centre
 from quantitron.recon.data import FingerprintProblem, KSpace, Problem, ReducedKSpace, TrajectoryKSpace
 from quantitron.recon.noise import noise_variance
 
@@ -40,8 +41,11 @@ def holds_signal(problem: Problem | FingerprintProblem) -> bool:
 
 
 def calibration_serves(problem: Problem | FingerprintProblem) -> bool:
-    """Whether the calibration stands out from the noise and, on a trajectory, leaves the k-space centre and
-    holds about all of what the scan holds there.
+    """Whether the calibration stands out from the noise, fills the k-space centre of a Cartesian scan, and on
+    a trajectory leaves the centre and holds about all of what the scan holds there.
+
+    One plane kz = 0 of a slab on a trajectory serves where the scan's own centre has gaps (of 4 of 12 spirals
+    T1 is 27 % off with it and 44 % without), and does not where that is whole (17 and 9 %).
 
     Args:
         problem: one slice, with calibration lines or readouts.
@@ -54,16 +58,34 @@ def calibration_serves(problem: Problem | FingerprintProblem) -> bool:
         noise = 1.0 if problem.noise_known else _edge_energy(problem.kspace)
         if not (reach >= LEAST_REACH).all() or not _samples_above_noise(problem.calibration, noise):
             return False
+        if is_one_plane(problem) and _fill(problem.kspace) >= LEAST_COVER:
+            return False
         return _cover(problem.calibration, problem.kspace) >= LEAST_COVER
     if problem.calibration is None:
         return False
     samples, count = problem.calibration.samples, problem.calibration.count  # (s, z, y, c, x), (s, z, y)
     acquired = count > 0
-    if not acquired.any():
+    if not acquired.any() or not fills_centre(problem.calibration):
         return False
     level = 1.0 if problem.noise_known else noise_variance(problem.reduced)
     energy = samples[acquired].abs().double().square().mean((1, 2)) * count[acquired]  # (line,)
     return bool(energy.mean() > LEAST_SIGNAL * level)
+
+
+def is_one_plane(problem: Problem | FingerprintProblem) -> bool:
+    """Whether the calibration readouts of a slab hold kz = 0 alone, so that its coil maps do not change along
+    z.
+
+    Args:
+        problem: one slice or slab.
+    """
+    if not isinstance(problem, FingerprintProblem) or problem.calibration is None:
+        return False
+    calibration, kspace = problem.calibration.trajectory, problem.kspace.trajectory
+    if kspace.shape[1] < 3 or not len(calibration):
+        return False
+    partitions = problem.kspace.grid[1]
+    return bool(calibration[:, 2].abs().amax() * partitions < 0.5 <= kspace[:, 2].abs().amax() * partitions)
 
 
 def silenced(problem: Problem | FingerprintProblem) -> Problem | FingerprintProblem:
@@ -120,6 +142,16 @@ def _cover(calibration: TrajectoryKSpace, kspace: TrajectoryKSpace) -> float:
     edge = came.abs().amax(0).clamp(1, CENTRE_REACH)  # of an ellipsoid
     came, whole = (part[(part / edge).square().sum(1) <= 1] for part in (came, whole))
     return len(came) / len(whole) if len(whole) else 1.0
+
+
+def _fill(kspace: TrajectoryKSpace) -> float:
+    """Share of the places about the k-space centre where a scan has samples."""
+    dimensions = kspace.trajectory.shape[1]
+    edge = torch.tensor(kspace.grid[::-1][:dimensions]).div(2).clamp(1, CENTRE_REACH)
+    axes = [torch.arange(-int(reach), int(reach) + 1) for reach in edge]
+    inside = (torch.cartesian_prod(*axes) / edge).square().sum(1) <= 1
+    came = (_places(kspace) / edge).square().sum(1) <= 1
+    return int(came.sum()) / int(inside.sum())
 
 
 def _places(kspace: TrajectoryKSpace) -> torch.Tensor:

@@ -10,7 +10,12 @@ from scan_of_ellipses import PROTOCOLS, scan_of_ellipses
 from quantitron.gadgets.gadget import Context
 from quantitron.gadgets.reconstruct import Reconstruct
 from quantitron.recon.gram import reduce_kspace
-from quantitron.recon.signal_presence import calibration_serves, holds_signal, silenced
+from quantitron.recon.signal_presence import (
+    calibration_serves,
+    holds_signal,
+    is_one_plane,
+    silenced,
+)
 
 
 def noise_like(values, scale=1.0, seed=0):
@@ -117,6 +122,54 @@ def test_a_calibration_of_its_own_may_reach_less_far_than_the_scan():
     calibration = problem.kspace.where(problem.kspace.time_point < 8)
     calibration = replace(calibration, trajectory=calibration.trajectory / 3)
     assert calibration_serves(replace(problem, calibration=calibration))
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["whitened", "noise unknown"])
+def test_one_plane_of_a_slab_is_no_calibration_of_lines(known):
+    """Of one plane nothing tells how coil maps change along z; they came from the scan without a word."""
+    problem, _, _ = scan_of_ellipses(PROTOCOLS["megre"], (4, 24, 24), noise=0.5)
+    problem = replace(problem, noise_known=known)
+    assert calibration_serves(problem)
+    one = problem.calibration.count.clone()
+    one[:, [0, 1, 3]] = 0
+    calibration = replace(problem.calibration, count=one)
+    assert not calibration_serves(replace(problem, calibration=calibration))
+    few = torch.zeros_like(one)
+    few[:, :, 10:14] = 1
+    assert not calibration_serves(replace(problem, calibration=replace(calibration, count=few)))
+
+
+def slab(arms, planes, calibrated):
+    """A stack of spirals of noise-free signal, with readouts at some of its partitions as calibration."""
+    problem = fingerprint_scan(24, noise=1.0).problem
+    flat = problem.kspace.where(problem.kspace.time_point % 8 < arms)
+
+    def stack(kspace, partitions):
+        counts = len(kspace.readout_length)
+        return replace(
+            kspace,
+            samples=kspace.samples.repeat(1, len(partitions)),
+            trajectory=torch.cat(
+                [torch.nn.functional.pad(kspace.trajectory, (0, 1), value=kz / planes) for kz in partitions]
+            ),
+            readout_length=kspace.readout_length.repeat(len(partitions)),
+            time_point=kspace.time_point.repeat(len(partitions)),
+            slice=torch.zeros(counts * len(partitions), dtype=kspace.slice.dtype),
+            grid=(1, planes, *kspace.grid[2:]),
+        )
+
+    every = range(-(planes // 2), planes - planes // 2)
+    calibration = stack(problem.kspace.where(problem.kspace.time_point < 8), calibrated)
+    return replace(problem, kspace=stack(flat, every), calibration=calibration)
+
+
+def test_one_plane_of_a_slab_on_a_trajectory_serves_where_the_scan_itself_has_gaps():
+    assert calibration_serves(slab(8, 8, range(-3, 4)))
+    assert not is_one_plane(slab(8, 8, range(-1, 2)))
+    assert is_one_plane(slab(8, 8, [0]))
+    assert not calibration_serves(slab(8, 8, [0]))
+    assert calibration_serves(slab(2, 8, [0]))
+    assert not is_one_plane(fingerprint_scan(24, noise=1.0).problem)
 
 
 def test_coil_maps_come_from_the_scan_where_its_calibration_is_noise():
