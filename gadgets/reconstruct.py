@@ -24,7 +24,7 @@ from quantitron.gadgets.image_metadata import SHORT_CHECKSUM
 from quantitron.gadgets.network_weights import requested_network
 from quantitron.gadgets.solver_class import require_complete
 from quantitron.gadgets.solver_result import check_result
-from quantitron.recon.data import Encoding, Maps, Problem
+from quantitron.recon.data import Encoding, Maps, Problem, ReducedKSpace
 from quantitron.recon.device import choose_device
 from quantitron.recon.networks.trained_network import NetworkRequest, TrainedNetwork
 from quantitron.recon.signal_presence import calibration_serves, holds_signal, is_one_plane, silenced
@@ -205,7 +205,7 @@ class Reconstruct(Gadget):
                     elif slices > 1:
                         failed.add(number, "{} {was} not reconstructed", reason)
                 if isinstance(problem, Problem) and final is not None:
-                    _judge_fit(final, _named(number, slices), context)
+                    _judge_fit(final, problem.reduced, _named(number, slices), context)
                 finished.append(None if final is None else _crop(final, problem.encoding))
                 problem = None  # before the next one is made
                 problem = next(problems, None)
@@ -261,17 +261,30 @@ def _cannot(solver: str, sequence: str, sequences: tuple[str, ...]) -> str:
     return f"solver '{solver}' does not reconstruct {sequence}; it does {', '.join(sequences)}"
 
 
-UNEXPLAINED = 10.0
-"""Residual of a Cartesian scan, in units of the noise, that needs mention. Sound scans have some 1; where the
-off-resonance lies beyond ``field_range`` it is 10 to 30. (Of fingerprints aliasing alone may leave that.)"""
+UNEXPLAINED = 0.02
+"""Share of the signal energy of a Cartesian scan that needs mention where it is left unexplained. Of sound
+scans it is 1e-4 whatever their noise; where the off-resonance lies beyond what the echoes or ``field_range``
+tell, a tenth and more. (Of fingerprints aliasing alone may leave that.)"""
+LEAST_UNEXPLAINED = 1.3
+"""Residual in units of the noise below which it may be noise whose level is not quite known."""
 
 
-def _judge_fit(maps: Maps, where: str, context: Context) -> None:
-    """Say where the images that the maps come from leave far more of the data than noise unexplained."""
-    if maps.residual_to_noise > UNEXPLAINED:
+def _judge_fit(maps: Maps, reduced: ReducedKSpace, where: str, context: Context) -> None:
+    """Say where the images that the maps come from leave much of the signal unexplained.
+
+    Args:
+        maps: with their residual; nothing is said where the noise is not known (nan).
+        reduced: the data of the slice, of noise variance 1.
+        where: the slice, for the sentence.
+        context: takes the note.
+    """
+    signal = max(reduced.energy / max(reduced.samples, 1) - 1, 1e-12)  # of a sample, in units of the noise
+    share = (maps.residual_to_noise - 1) / signal
+    if maps.residual_to_noise > LEAST_UNEXPLAINED and share > UNEXPLAINED:
         context.note(
-            f"the images of {where} leave {maps.residual_to_noise:.0f} times the noise unexplained, so that "
-            "maps may be wrong: by off-resonance beyond reconstruct.field_range, motion, or a header that "
+            f"the images of {where} leave {100 * min(share, 1):.0f} % of the signal's energy unexplained "
+            f"({maps.residual_to_noise:.1f} times the noise), so that maps may be wrong: by off-resonance "
+            "beyond reconstruct.field_range or beyond what the echo times tell, motion, or a header that "
             "does not tell what was played"
         )
 

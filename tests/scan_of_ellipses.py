@@ -83,6 +83,7 @@ def scan_of_ellipses(
     coils: int = 6,
     texture: float = 0.0,
     unit: float = 1.0,
+    offset: float = 0.0,
 ) -> tuple[Problem, dict[str, Tensor], Tensor]:
     """A scan of the object: random lines, denser in the centre; calibration lines from the last contrast.
 
@@ -96,11 +97,13 @@ def scan_of_ellipses(
         coils: number of coils.
         texture: of the object.
         unit: factor on noise-free data.
+        offset: off-resonance of the whole object [Hz].
 
     Returns:
         The problem, the true maps (z, y, x) and the mask of the object.
     """
     maps, mask, csm = ellipses(grid, coils, texture)
+    maps["b0"] = maps["b0"] + offset
     nz, ny = grid[:2]
     generator = torch.Generator().manual_seed(4)
     frames = signal({name: values.flatten() for name, values in maps.items()}, protocol)  # (voxel, t)
