@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from xml.etree.ElementTree import ParseError
 
 import ismrmrd
 import numpy as np
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 DISCLAIMER = "research use only"
 SHORT_CHECKSUM = 16
 """Digits of a checksum that tell networks apart."""
+_NOTES = "Quantitron_Notes"
+_BETWEEN_NOTES = " | "
 
 
 @dataclass(frozen=True)
@@ -149,8 +152,26 @@ def provenance_meta(
     if weights:
         meta["Quantitron_Weights"] = weights[:SHORT_CHECKSUM]
     if notes:
-        meta["Quantitron_Notes"] = " | ".join(notes)
+        meta[_NOTES] = _BETWEEN_NOTES.join(notes)
     return meta
+
+
+def notes_of(attributes: str) -> list[str]:
+    """What was assumed about the scan that an image is of.
+
+    Args:
+        attributes: the image's Meta as XML, of whoever made it.
+
+    Returns:
+        The notes in their order; none where the image has none, or no Meta that can be read.
+    """
+    if _NOTES not in attributes:
+        return []
+    try:
+        notes = ismrmrd.Meta.deserialize(attributes).get(_NOTES)
+    except ParseError:
+        return []
+    return notes.split(_BETWEEN_NOTES) if isinstance(notes, str) else []
 
 
 def _shared(

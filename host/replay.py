@@ -18,6 +18,7 @@ from quantitron.gadgets.acquisition_kind import NOISE, flagged, runs
 from quantitron.gadgets.chain import make_chain
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.image_file import read_images, write_images
+from quantitron.gadgets.image_metadata import notes_of
 from quantitron.gadgets.output_file import check_no_input
 from quantitron.gadgets.unfinished_file import abandoned_files, discard, unfinished_file
 from quantitron.gadgets.uninterrupted import uninterrupted
@@ -109,7 +110,7 @@ def replay(
                 progress(done, total)
 
     if gadgetron is not None:
-        images = _remote(gadgetron, root, header, blocks())
+        images = _remote(gadgetron, root, header, blocks(), result)
     else:
         images = _local(configuration, header, blocks(), where, settings, result)
     _write(images, target, result)
@@ -145,10 +146,16 @@ def _until_damaged(blocks: Iterator[object], fail: Callable[[str], None]) -> Ite
 
 
 def _remote(
-    gadgetron: str, root: Element, header: bytes, blocks: Iterator[object]
+    gadgetron: str, root: Element, header: bytes, blocks: Iterator[object], result: Replayed
 ) -> Iterator[ismrmrd.Image]:
+    """Images of another process; what it noted about the scan is in them, and its own log is far away."""
     text = ElementTree.tostring(root, encoding="unicode")
-    return send_scan(parse_address(gadgetron), text, header, blocks)  # type: ignore[arg-type]
+    for image in send_scan(parse_address(gadgetron), text, header, blocks):  # type: ignore[arg-type]
+        for note in notes_of(image.attribute_string):
+            if note not in result.notes:
+                result.notes.append(note)
+                logger.warning("%s", note)
+        yield image
 
 
 def _check_output(target: Path, overwrite: bool) -> None:

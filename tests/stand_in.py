@@ -17,6 +17,7 @@ from ismrmrd.hdf5 import acquisition_dtype
 from quantitron.gadgets.acquisition_block import HEADER_DTYPE, AcquisitionBlock, blocks_of
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget
+from quantitron.gadgets.image_metadata import provenance_meta
 from quantitron.gadgets.read_ahead import read_ahead
 
 HEADER = """<?xml version="1.0" encoding="UTF-8"?>
@@ -122,7 +123,13 @@ class Gather(Gadget):
         for index in range(self.images):
             image = ismrmrd.Image.from_array(total.reshape(1, -1), transpose=False)
             image.image_series_index = 101 + index
-            image.meta = ismrmrd.Meta({"GADGETRON_DataRole": "T1", "Settings": context.settings_hash})
+            image.meta = ismrmrd.Meta(
+                {
+                    **provenance_meta(settings_hash=context.settings_hash, notes=context.notes),
+                    "GADGETRON_DataRole": "T1",
+                    "Settings": context.settings_hash,
+                }
+            )
             yield image
         if self.fail == "known":
             raise ScanError("the gather gadget was told to fail")

@@ -352,8 +352,9 @@ def kinds(messages: list[Message]) -> list[int]:
 def test_server_and_replay_give_the_same_bits(server, tmp_path, raw, monkeypatch):
     monkeypatch.setattr(chain_module, "GADGETS", GADGETS)
     name = write_pipeline(tmp_path)
-    replay(raw, name, tmp_path / "file.h5")
-    replay(raw, name, tmp_path / "socket.h5", gadgetron=f"127.0.0.1:{server.address[1]}")
+    here = replay(raw, name, tmp_path / "file.h5")
+    there = replay(raw, name, tmp_path / "socket.h5", gadgetron=f"127.0.0.1:{server.address[1]}")
+    assert here.notes == there.notes != []
     one, two = (read_images(tmp_path / f"{source}.h5") for source in ("file", "socket"))
     assert len(one) == len(two) == 2
     for a, b in zip(one, two, strict=True):

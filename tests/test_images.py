@@ -16,6 +16,7 @@ from ismrmrd.xsd import CreateFromDocument
 from quantitron.gadgets.gadget import Context
 from quantitron.gadgets.image_file import read_images, write_images
 from quantitron.gadgets.image_geometry import axial_header, place
+from quantitron.gadgets.image_metadata import notes_of
 from quantitron.gadgets.images import Images, map_images, store
 from quantitron.gadgets.map_roles import MAP_ROLES, role_named, standard_deviation_role
 from quantitron.gadgets.map_volume import magnitude_volumes, map_volumes
@@ -275,6 +276,16 @@ def test_provenance_says_how_the_map_was_made() -> None:
     assert meta["Quantitron_FailedVoxels"] == "3"
     assert meta["Quantitron_Disclaimer"] == "research use only"
     assert meta["Quantitron_Notes"] == "TR is taken to be in ms"
+
+
+@pytest.mark.parametrize("notes", [[], ["TR < 1 is in s"], ["two echoes", "B1 & T1 <unknown>", "3"]])
+def test_notes_are_read_from_images_as_they_were_written(notes: list[str]) -> None:
+    made = context()
+    made.notes.extend(notes)
+    image = next(iter(Images(output="float32")([full_maps()], made)))
+    assert notes_of(image.attribute_string) == notes
+    assert notes_of(image.attribute_string[:-20]) == []  # cut on the way
+    assert notes_of("") == []
 
 
 def test_nothing_about_the_patient_is_sent() -> None:
