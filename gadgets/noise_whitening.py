@@ -7,6 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from quantitron.gadgets.errors import ScanError
+
 ENOUGH_NOISE = 4
 """Noise samples for each channel below which correlations between channels are not estimated."""
 DEAD = 1e-12
@@ -16,6 +18,35 @@ DEPENDENT = 1e-6
 
 Rounding of single-precision samples leaves some 1e-15, receive arrays stay above 1e-3.
 """
+ABSURD = 1e6
+"""Magnitude of a sample over the median of its channel, beyond which it is no noise.
+
+Thermal noise stays below 10, spikes of interference below some thousands. What is allowed cannot make the
+variance of a channel so large that others of the same gain pass for dead.
+"""
+
+
+def check_noise(noise: NDArray[np.complex128], acquisition: NDArray[np.int64]) -> None:
+    """Refuse samples that are no noise by the other samples of their channel.
+
+    Args:
+        noise: (c, sample) samples, finite, in any unit.
+        acquisition: (sample,) number of the acquisition that each is from.
+
+    Raises:
+        ScanError: names the acquisition of the first such sample.
+    """
+    for channel, samples in enumerate(noise):
+        size = np.abs(samples)
+        heard = size[size > 0]
+        usual = float(np.median(heard)) if heard.size else 0.0
+        absurd = size > ABSURD * usual
+        if absurd.any():
+            first = int(absurd.argmax())
+            raise ScanError(
+                f"noise acquisition {acquisition[first]} has samples too large to be noise: in channel "
+                f"{channel} they reach {size[first]:.1g}, and half of the others stay below {usual:.1g}"
+            )
 
 
 def whitening_matrix(

@@ -21,7 +21,7 @@ from quantitron.gadgets.acquisition_kind import NOISE, flagged, is_image, of_sca
 from quantitron.gadgets.errors import ScanError
 from quantitron.gadgets.gadget import Context, Gadget
 from quantitron.gadgets.header import phase_encoding
-from quantitron.gadgets.noise_whitening import whitening_matrix
+from quantitron.gadgets.noise_whitening import check_noise, whitening_matrix
 from quantitron.gadgets.readout_transform import ReadoutTransform, mix
 from quantitron.recon.data import Encoding
 
@@ -51,7 +51,8 @@ class NoiseAdjust(Gadget):
         """Whiten blocks.
 
         Raises:
-            ScanError: if noise samples are not finite, or the number of channels changes.
+            ScanError: if noise samples are not finite or too large to be noise (``check_noise``), or the
+                number of channels changes.
         """
         noise: list[AcquisitionBlock] = []
         whitening: _Whitening | None = None
@@ -100,9 +101,13 @@ class NoiseAdjust(Gadget):
         dwells = np.concatenate([block.head["sample_time_us"] for block in noise])
         dwell = float(dwells[dwells > 0][0]) if (dwells > 0).any() else 0.0
         samples = np.concatenate(
-            [(block.data * _to_dwell(block, dwell)).transpose(1, 0, 2)[:, _kept(block)] for block in noise],
+            [
+                (block.data.astype(np.complex128) * _to_dwell(block, dwell)).transpose(1, 0, 2)[:, kept]
+                for block, kept in zip(noise, map(_kept, noise), strict=True)
+            ],
             axis=1,
-        ).astype(np.complex128)  # (c, noise sample)
+        )  # (c, noise sample)
+        check_noise(samples, np.concatenate([_numbers(block)[_kept(block)] for block in noise]))
         matrix = whitening_matrix(samples, context.note)
         if matrix is None:
             return None
@@ -123,6 +128,12 @@ def _kept(block: AcquisitionBlock) -> NDArray[np.bool_]:
     last = samples - block.head["discard_post"].astype(np.int64)[:, np.newaxis]
     kept: NDArray[np.bool_] = (sample >= first) & (sample < last)
     return kept
+
+
+def _numbers(block: AcquisitionBlock) -> NDArray[np.int64]:
+    """(n, sample) number of the acquisition that each sample is from."""
+    numbers = np.arange(block.first, block.first + len(block), dtype=np.int64)[:, np.newaxis]
+    return np.broadcast_to(numbers, (len(block), block.data.shape[2]))
 
 
 def _to_dwell(block: AcquisitionBlock, dwell: float) -> NDArray[np.float32]:

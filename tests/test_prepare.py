@@ -208,6 +208,26 @@ def test_bad_noise_is_named():
         whitened(numbered(block(bad, [NOISE]), block(correlated((1, COILS, 16), 0))))
 
 
+@pytest.mark.parametrize("unit", [1, 1e-12, 1e15])
+@pytest.mark.parametrize("value", [1e30, 1e8, -3e8j])
+def test_noise_sample_that_is_no_noise_is_named(value, unit):
+    lines = [block(correlated((4, COILS, 64), part) * np.float32(unit), [NOISE]) for part in range(2)]
+    lines[1].data[2, 1, 5] = value * (unit if abs(value) < 1e30 else 1)
+    with pytest.raises(
+        ScanError, match="noise acquisition 6 has samples too large to be noise: in channel 1"
+    ):
+        whitened(numbered(*lines, block(correlated((2, COILS, 64), 9))))
+
+
+def test_spike_and_silent_samples_are_noise_still():
+    quiet = correlated((8, COILS, 64), 0)
+    quiet[:, 0, ::2] = 0  # as receivers of few bits give
+    quiet[3, 2, 7] = 1e3
+    _, scan = whitened(numbered(block(quiet, [NOISE]), block(correlated((2, COILS, 64), 9))))
+    assert scan.noise_known
+    assert scan.notes == []
+
+
 def test_channels_that_differ_from_the_noise_scan_are_named():
     with pytest.raises(ScanError, match="acquisition 16 has 3 channels, the noise scan has 4"):
         whitened(numbered(block(correlated((16, COILS, 32), 0), [NOISE]), block(noise((2, 3, 32)))))
