@@ -392,6 +392,34 @@ def test_stop_and_resume_give_the_same_file(data, tmp_path):
     assert cards[0]["validation"] == cards[1]["validation"]
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import test_denoiser_training as here
+from quantitron.training import denoiser_training
+denoiser_training.write_text = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+here.train_denoiser(Path(sys.argv[1]), Path(sys.argv[2]), here.SMALL, "cpu")
+"""
+
+
+def test_a_training_killed_beside_its_weights_is_finished_by_resume(data, tmp_path):
+    target, checkpoint = tmp_path / "net.safetensors", tmp_path / "net.checkpoint"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    killed = subprocess.run([sys.executable, "-c", KILLED, data, target], env=environment, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    first = target.read_bytes()
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(first)  # of somebody else
+    with pytest.raises(ScanError, match=r"other\.safetensors is there already"):
+        train_denoiser(data, other, SMALL, "cpu", resume=checkpoint)
+    card = train_denoiser(data, target, SMALL, "cpu", resume=checkpoint)
+    assert card["steps"] == SMALL.loop.steps
+    assert target.with_suffix(".md").exists()
+    assert target.with_suffix(".loss.csv").exists()
+    with pytest.raises(ScanError, match=r"net\.safetensors is there already"):  # whole now
+        train_denoiser(data, target, SMALL, "cpu", resume=checkpoint)
+
+
 def test_what_comes_out_says_what_went_in(data, tmp_path):
     output = tmp_path / "model.safetensors"
     training = replace(SMALL, note="Made up for a test.", shape=replace(SMALL.shape, attention=(1,)))

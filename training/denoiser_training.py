@@ -24,7 +24,15 @@ from quantitron.training.batch import Batch, step_generator
 from quantitron.training.loop import LoopSettings, Standing, Trained, train_network
 from quantitron.training.model_card import card_text
 from quantitron.training.noise_batches import NoiseSampler, PatchPlan, hold_out, noisy, validation_batches
-from quantitron.training.output_files import CARD, LOSSES, check_outputs, write_losses, write_text
+from quantitron.training.output_files import (
+    CARD,
+    LOSSES,
+    check_outputs,
+    cut_short,
+    write_losses,
+    write_text,
+    writing,
+)
 from quantitron.training.volumes import VolumeCollection, read_volumes
 
 logger = logging.getLogger("quantitron")
@@ -85,7 +93,7 @@ def train_denoiser(
         training: how.
         device: see ``recon.device``.
         resume: folder of a checkpoint to go on from.
-        overwrite: replace what is there.
+        overwrite: replace what is there; outputs that this training was writing when it ended are its own.
         progress: told after every step.
 
     Returns:
@@ -95,6 +103,7 @@ def train_denoiser(
         ScanError: if the data cannot be trained on, an output is there already, or the training failed.
     """
     checkpoint = resume if resume is not None else output.with_suffix(".checkpoint")
+    overwrite = overwrite or (resume is not None and cut_short(output, checkpoint))
     check_outputs(output, checkpoint, resume is not None, overwrite, data)
     try:
         chosen = choose_device(device)
@@ -142,9 +151,10 @@ def train_denoiser(
         least=_least(plan),
         card=card,
     )
-    checksum = write_network(output, trained.network, description, overwrite)
-    write_text(output.with_suffix(CARD), card_text(output.name, description, checksum))
-    write_losses(output.with_suffix(LOSSES), trained)
+    with writing(output, checkpoint):
+        checksum = write_network(output, trained.network, description, overwrite)
+        write_text(output.with_suffix(CARD), card_text(output.name, description, checksum))
+        write_losses(output.with_suffix(LOSSES), trained)
     return card
 
 

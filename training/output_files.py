@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from quantitron.gadgets.errors import ScanError
@@ -13,6 +15,8 @@ from quantitron.training.loop import Trained
 
 CARD, LOSSES, FIGURE = ".md", ".loss.csv", ".loss.png"
 """Endings of what is written beside the weights."""
+_MARK = "outputs.txt"
+"""File in the folder of checkpoints that names the weights while all outputs are written."""
 
 
 def check_outputs(
@@ -49,6 +53,36 @@ def check_outputs(
         raise ScanError(f"there is no folder {output.parent}")
     if not os.access(output.parent, os.W_OK):
         raise ScanError(f"nothing may be written to {output.parent}")
+
+
+@contextmanager
+def writing(output: Path, checkpoint: Path) -> Iterator[None]:
+    """Mark the checkpoint while outputs are written; the mark stays where that fails or is killed.
+
+    Args:
+        output: weights.
+        checkpoint: folder, with a checkpoint.
+
+    Raises:
+        ScanError: if the mark cannot be written.
+    """
+    mark = checkpoint / _MARK
+    write_text(mark, str(output.resolve()))
+    yield
+    mark.unlink(missing_ok=True)
+
+
+def cut_short(output: Path, checkpoint: Path) -> bool:
+    """Whether the training of this checkpoint ended while it wrote these outputs, which are its own so.
+
+    Args:
+        output: weights.
+        checkpoint: folder, which need not exist.
+    """
+    try:
+        return (checkpoint / _MARK).read_text(encoding="utf-8") == str(output.resolve())
+    except (OSError, ValueError):
+        return False
 
 
 def write_text(path: Path, text: str) -> None:

@@ -32,7 +32,15 @@ from quantitron.training.batch import Sampler
 from quantitron.training.denoiser_training import noise_loss
 from quantitron.training.loop import LoopSettings, Loss, Standing, Trained, Validate, train_network
 from quantitron.training.model_card import card_text
-from quantitron.training.output_files import CARD, LOSSES, check_outputs, write_losses, write_text
+from quantitron.training.output_files import (
+    CARD,
+    LOSSES,
+    check_outputs,
+    cut_short,
+    write_losses,
+    write_text,
+    writing,
+)
 from quantitron.training.series_batches import (
     CleanSampler,
     Denoising,
@@ -210,10 +218,11 @@ class _Run:
             ScanError: in one sentence.
         """
         self.output, self.training, self.resume = output, training, resume
-        self.overwrite, self.progress = overwrite, progress
+        self.progress = progress
         self.checkpoint = resume if resume is not None else output.with_suffix(".checkpoint")
         read = (*phantoms, *(scan.schedule for scan in training.slices.scans))
-        check_outputs(output, self.checkpoint, resume is not None, overwrite, *read)
+        self.overwrite = overwrite or (resume is not None and cut_short(output, self.checkpoint))
+        check_outputs(output, self.checkpoint, resume is not None, self.overwrite, *read)
         if not phantoms:
             raise ScanError("no phantom to learn from")
         try:
@@ -290,9 +299,10 @@ class _Run:
         description = NetworkDescription(
             kind, network.shape, (), levels, size, (1, min(32, size[1]), min(32, size[2])), card
         )
-        checksum = write_network(self.output, trained.network, description, self.overwrite)
-        write_text(self.output.with_suffix(CARD), card_text(self.output.name, description, checksum))
-        write_losses(self.output.with_suffix(LOSSES), trained)
+        with writing(self.output, self.checkpoint):
+            checksum = write_network(self.output, trained.network, description, self.overwrite)
+            write_text(self.output.with_suffix(CARD), card_text(self.output.name, description, checksum))
+            write_losses(self.output.with_suffix(LOSSES), trained)
         return card
 
     def _card(self, trained: Trained, counts: tuple[int, int]) -> dict[str, Any]:
