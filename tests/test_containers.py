@@ -438,6 +438,7 @@ def test_the_schema_refuses_wrong_labels(path: str, value: Any) -> None:
 
 
 def test_the_health_check_asks_what_the_server_answers() -> None:
+    from quantitron.gadgets.wire import Wire
     from quantitron.host.server import Server
 
     health = [sys.executable, str(DOCKER / "health.py"), "quantitron"]
@@ -450,7 +451,7 @@ def test_the_health_check_asks_what_the_server_answers() -> None:
         def serve() -> None:
             connection, _ = listener.accept()
             with connection:
-                Server()(connection)
+                Server()(Wire(connection))
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
