@@ -23,11 +23,11 @@ from quantitron.gadgets.wire import PeerGone, Wire
 logger = logging.getLogger("quantitron")
 
 GRACE = 5.0
-"""Seconds that running connections have to end after the host was told to stop. Of these, a peer has"""
+"""Seconds that running connections have to end after the host was told to stop."""
 TO_FINISH = 2.0
-"""seconds to send what it is sending before it is told, and"""
+"""Seconds of those that a peer has to send what it is sending, before it is told."""
 TO_HEAR = 1.0
-"""seconds to hang up afterwards."""
+"""Seconds of those that a peer has to hang up, once it has been told."""
 PAUSE = 0.2
 """Seconds of silence after which a peer has sent all that it was sending."""
 

@@ -396,8 +396,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import test_denoiser_training as here
-from quantitron.training import denoiser_training
-denoiser_training.write_text = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+from quantitron.training import output_files
+output_files.card_text = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 here.train_denoiser(Path(sys.argv[1]), Path(sys.argv[2]), here.SMALL, "cpu")
 """
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from quantitron.gadgets.errors import ScanError
-from quantitron.gadgets.network_weights import write_network
 from quantitron.recon.device import choose_device
 from quantitron.recon.networks.conditional_unet import ConditionalUNet, UNetShape
 from quantitron.recon.networks.trained_network import NetworkDescription
@@ -22,17 +21,8 @@ from quantitron.recon.priors.network_denoiser import predicted_noise
 from quantitron.training.augmentation import Augmentation
 from quantitron.training.batch import Batch, step_generator
 from quantitron.training.loop import LoopSettings, Standing, Trained, train_network
-from quantitron.training.model_card import card_text
 from quantitron.training.noise_batches import NoiseSampler, PatchPlan, hold_out, noisy, validation_batches
-from quantitron.training.output_files import (
-    CARD,
-    LOSSES,
-    check_outputs,
-    cut_short,
-    write_losses,
-    write_text,
-    writing,
-)
+from quantitron.training.output_files import check_outputs, cut_short, write_outputs
 from quantitron.training.volumes import VolumeCollection, read_volumes
 
 logger = logging.getLogger("quantitron")
@@ -151,10 +141,7 @@ def train_denoiser(
         least=_least(plan),
         card=card,
     )
-    with writing(output, checkpoint):
-        checksum = write_network(output, trained.network, description, overwrite)
-        write_text(output.with_suffix(CARD), card_text(output.name, description, checksum))
-        write_losses(output.with_suffix(LOSSES), trained)
+    write_outputs(output, checkpoint, trained, description, overwrite)
     return card
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from quantitron.gadgets.errors import ScanError
+from quantitron.gadgets.network_weights import write_network
 from quantitron.gadgets.output_file import check_no_input
+from quantitron.recon.networks.trained_network import NetworkDescription
 from quantitron.training.checkpoint import STATE, holds_nothing
 from quantitron.training.loop import Trained
+from quantitron.training.model_card import card_text
 
 CARD, LOSSES, FIGURE = ".md", ".loss.csv", ".loss.png"
 """Endings of what is written beside the weights."""
@@ -55,20 +56,26 @@ def check_outputs(
         raise ScanError(f"nothing may be written to {output.parent}")
 
 
-@contextmanager
-def writing(output: Path, checkpoint: Path) -> Iterator[None]:
-    """Mark the checkpoint while outputs are written; the mark stays where that fails or is killed.
+def write_outputs(
+    output: Path, checkpoint: Path, trained: Trained, description: NetworkDescription, overwrite: bool
+) -> None:
+    """Write weights, card and table of losses. A mark in the checkpoint stays where that fails or is killed.
 
     Args:
-        output: weights.
+        output: weights; the others go beside them.
         checkpoint: folder, with a checkpoint.
+        trained: the network and its losses.
+        description: of the network, for its file and its card.
+        overwrite: replace what is there.
 
     Raises:
-        ScanError: if the mark cannot be written.
+        ScanError: if a file cannot be written.
     """
     mark = checkpoint / _MARK
     write_text(mark, str(output.resolve()))
-    yield
+    checksum = write_network(output, trained.network, description, overwrite)
+    write_text(output.with_suffix(CARD), card_text(output.name, description, checksum))
+    write_losses(output.with_suffix(LOSSES), trained)
     mark.unlink(missing_ok=True)
 
 

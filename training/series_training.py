@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from quantitron.gadgets.errors import ScanError
-from quantitron.gadgets.network_weights import write_network
 from quantitron.phantoms.simulate import load_anatomy
 from quantitron.recon.canonical_series import protocol_checksum
 from quantitron.recon.device import choose_device
@@ -31,16 +30,7 @@ from quantitron.recon.solvers.arnet import TRAINED_ON, ArtifactRemoval
 from quantitron.training.batch import Sampler
 from quantitron.training.denoiser_training import noise_loss
 from quantitron.training.loop import LoopSettings, Loss, Standing, Trained, Validate, train_network
-from quantitron.training.model_card import card_text
-from quantitron.training.output_files import (
-    CARD,
-    LOSSES,
-    check_outputs,
-    cut_short,
-    write_losses,
-    write_text,
-    writing,
-)
+from quantitron.training.output_files import check_outputs, cut_short, write_outputs
 from quantitron.training.series_batches import (
     CleanSampler,
     Denoising,
@@ -299,10 +289,7 @@ class _Run:
         description = NetworkDescription(
             kind, network.shape, (), levels, size, (1, min(32, size[1]), min(32, size[2])), card
         )
-        with writing(self.output, self.checkpoint):
-            checksum = write_network(self.output, trained.network, description, self.overwrite)
-            write_text(self.output.with_suffix(CARD), card_text(self.output.name, description, checksum))
-            write_losses(self.output.with_suffix(LOSSES), trained)
+        write_outputs(self.output, self.checkpoint, trained, description, self.overwrite)
         return card
 
     def _card(self, trained: Trained, counts: tuple[int, int]) -> dict[str, Any]:

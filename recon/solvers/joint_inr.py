@@ -16,8 +16,8 @@ With ``start: cg``, ``rounds`` draw the images towards the network's as well as 
     minimise over U:   1/2 ||s - A U||^2 + attraction Q(U - f) + field_share Q(U) + R(U) + P(U),
 
 f the network's images, Q the Gaussian prior of the linear estimate, R that of locally low rank (``llr.py``)
-and P the squared distance from the nearest fingerprints; from the second round on the network is fitted anew.
-METHODS 4.
+and P the distance of each voxel from its nearest fingerprint, minus the logarithm of Student's t; from the
+second round on the network is fitted anew. METHODS 4.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class JointINR(DensityCompensated, FingerprintSolver):
 
         The variance of the noise over that of the mismatch, both of all components. A voxel that is further
         from its fingerprint than expected is believed to be: Student's t in place of a Gaussian, by the
-        quadratic that touches it at u.
+        quadratic that touches it at u (Lange, Little and Taylor 1989).
         """
         noise = self.consistency * fingerprints.shape[1] * image_noise**2
         energy = fingerprints.abs().square().sum(1, keepdim=True)  # (x, 1, z, y)
