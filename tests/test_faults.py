@@ -365,6 +365,9 @@ def is_written(path: Path, images: int) -> bool:
     try:
         with h5py.File(path, "r", locking=False) as file:
             series = [one for group in file.values() for one in group.values()]
+            # A link whose object is not on disk yet reads as None.
+            if any(one is None or one.get("header") is None for one in series):
+                return False
             return sum(len(one["header"]) for one in series) == images
     except (OSError, RuntimeError, KeyError):  # half an image, or none
         return False
