@@ -16,9 +16,8 @@ the weak components, which carry the relaxation times, last and least:
    data say of it; Gauss-Newton steps then draw the maps towards the networks' as well as towards the data,
    the less, the further the two lie apart in units of the noise;
 4. WNNM: the maps' stacks of similar patches are shrunk by weighted singular values;
-5. ||Phi U - I(theta)||^2: T2* may be the mean, in logarithms, of what theta and U say (``agreement``).
-   Penalties take contrast from T2*, of which few echoes tell, the covariance that U expects takes another
-   part of it, and both err less together; T1 and T2 are better by theta alone.
+5. ||Phi U - I(theta)||^2: what theta and U say is brought together where theta errs more than U
+   (``map_agreement.py``): T2* where the two lie far apart, T2 where tissue and fluid meet.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from quantitron.recon.signal.map_model import TIMES
 from quantitron.recon.solvers.cartesian import CartesianSolver, LinearEstimate
 from quantitron.recon.solvers.joint_networks import JointSettings
 from quantitron.recon.solvers.lorein_joint import PUBLISHED_BLOCKS, JointTraining
+from quantitron.recon.solvers.map_agreement import MEDIAN_SQUARE, agreed
 from quantitron.recon.solvers.map_estimate import MapEstimate, start_from
 from quantitron.recon.solvers.map_networks import MapNetworks, marginal_precision
 from quantitron.recon.solvers.map_objective import Attraction
@@ -55,8 +55,6 @@ OF_JOINT_TRAINING = (
 )
 """Settings that do nothing in the other training. ``epochs`` and ``halve_every``, of which the same holds,
 stand in the preset of a sequence."""
-MEDIAN_SQUARE = 0.455
-"""Median of the square of a normal deviate of variance 1."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,12 @@ class LoREIN(ModelBased):
     similar: int = field(default=16, metadata={"minimum": 2})
     """Patches in a stack."""
 
-    agreement: float = field(default=0.0, metadata={"minimum": 0, "maximum": 1})
-    """Share of the linear estimate in T2*, of ``alternating``; 0: T2* is that of the maps alone."""
+    t2star_distance: float = field(default=0.0, metadata={"minimum": 0})
+    """Distance of the T2* found from that of the linear estimate, in units of the typical one, from which on
+    it is drawn nearer to the latter, of ``alternating``; 0: T2* is that of the maps alone."""
+    t2_edge: float = field(default=0.7, metadata={"minimum": 0})
+    """Standard deviation of the logarithm of T2 in a voxel's neighbourhood from which on its T2 is nearer to
+    that of the linear estimate, of ``alternating``; tissue beside fluid has 1. 0: that of the maps alone."""
 
     epochs: int = field(default=200, metadata={"minimum": 1})
     """Times through the data, of ``joint``, as all that follows."""
@@ -305,7 +307,7 @@ class LoREIN(ModelBased):
         if self.wnnm > 0:
             progress("weighted nuclear norm", 0.95)
             found = self._shrunk(estimate, found)
-        return self._agreed(found, start), failure
+        return agreed(found, start, self.t2star_distance, self.t2_edge), failure
 
     def _fitted(
         self,
@@ -357,15 +359,6 @@ class LoREIN(ModelBased):
                 share = explained / max(explained, float(distance.median())) if explained > 0 else 0.0
                 strength[:, column] = self.network_weight * share * precision[:, column]
         return Attraction(centre, strength)
-
-    def _agreed(self, found: MapEstimate, start: MapEstimate) -> MapEstimate:
-        """T2* between that of the maps found and that of the linear estimate, which they started from."""
-        if "t2star" not in found.model.names:
-            return found
-        column = found.model.names.index("t2star")
-        theta = found.theta.clone()
-        theta[:, column].lerp_(start.theta[:, column], self.agreement)
-        return replace(found, theta=theta)
 
     def _shrunk(self, estimate: LinearEstimate, found: MapEstimate) -> MapEstimate:
         """Stacks of similar patches of the relaxation times, shrunk by weighted singular values."""
