@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FAIR_PART = 0.1
+"""Weight in the array's dominant combination, in units of the largest, of a coil whose phase can be told."""
 NOISE_SPREAD = 8.0
 """Largest eigenvalue of noise over its smallest, for about five windows a column (Marchenko and Pastur 1967).
 
@@ -119,6 +121,11 @@ def _at_places(kernel_sum: Tensor, grid: tuple[int, int, int]) -> Tensor:
 def refer_phase(maps: Tensor, weight: Tensor) -> Tensor:
     """Fix the phase that the maps leave free: real and positive along the array's dominant combination.
 
+    The combination's own phase is free too, and what a library makes of it differs from one to the next and
+    from slice to slice. Here the first coil that receives a fair part of the signal has a negative real
+    weight: a loop's field points away from it, as that of ``phantoms.coils`` does, so that simulated phases
+    are those of their truth.
+
     Args:
         maps: (c, ...) complex.
         weight: (...) importance of each place.
@@ -128,5 +135,9 @@ def refer_phase(maps: Tensor, weight: Tensor) -> Tensor:
     """
     flat = (maps * weight.clamp_min(0).sqrt()).flatten(1)
     _, vectors = torch.linalg.eigh(flat @ flat.mH)
-    combination = torch.einsum("c,c...->...", vectors[:, -1].conj(), maps)
+    dominant = vectors[:, -1]
+    size = dominant.abs()
+    first = dominant[(size >= FAIR_PART * size.max()).nonzero()[0, 0]]
+    dominant = dominant * (-first.conj() / first.abs())
+    combination = torch.einsum("c,c...->...", dominant.conj(), maps)
     return maps * torch.exp(-1j * combination.angle())

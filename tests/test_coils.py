@@ -1,15 +1,17 @@
 """Coil maps: against sigpy, against the truth, and from scans that offer less than calibration lines."""
 
+import numpy as np
 import pytest
 import sigpy.mri.app
 import torch
 from coil_scan import ellipsoid, misalignment
 
+from quantitron.phantoms.coils import coil_sensitivities
 from quantitron.recon.calibration_room import with_room
 from quantitron.recon.coefficient_basis import coefficient_basis
 from quantitron.recon.coils import centred_box, coil_maps, maps_of_block
 from quantitron.recon.data import Calibration, KSpace, Protocol
-from quantitron.recon.espirit import espirit
+from quantitron.recon.espirit import espirit, refer_phase
 from quantitron.recon.gram import reduce_kspace
 from quantitron.recon.operators.fourier import centred_ifft
 from quantitron.recon.temporal_basis import dictionary_basis
@@ -153,3 +155,19 @@ def test_a_single_plane_of_calibration_lines_is_too_few_for_a_slab():
     _, kspace, _ = ellipsoid((8, 32, 32), slab=True)
     with pytest.raises(ValueError, match=r"block of \(1, 24, 24\) points .* is too small for coil maps"):
         maps_of_block(kspace[None, :, 4:5, 4:28, 4:28], (8, 32, 32))
+
+
+@pytest.mark.parametrize("coils", [4, 8, 12])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("side", [-1, 1])
+def test_the_phase_of_maps_does_not_turn_with_the_place_of_the_object(coils, axis, side):
+    """LAPACK gives an eigenvector either sign: an object on the left had its phase turned by pi."""
+    grid = np.meshgrid(*[(np.arange(48) - 24) / 48 * 0.2] * 2, indexing="ij")
+    true = torch.from_numpy(coil_sensitivities((np.zeros_like(grid[0]), *grid), coils, 0.2))
+    generator = torch.Generator().manual_seed(coils)
+    turned = true * torch.exp(6j * torch.rand(48, 48, generator=generator))
+    object_there = torch.from_numpy((side * grid[axis] > 0.02).astype(np.float32))
+    maps = refer_phase(turned, object_there)
+    torch.testing.assert_close(maps, refer_phase(true, object_there), rtol=0, atol=1e-3)
+    phase = ((maps.conj() * true).sum(0) * object_there).sum().angle()
+    assert abs(float(phase)) < 1.3  # of a loop's own field, over half of the field of view
