@@ -166,6 +166,7 @@ class Reconstruct(Gadget):
                 number = len(finished)
                 final: Maps | None = None
                 preview: Maps | None = None
+                residuals: list[float] = []
                 if not holds_signal(problem):
                     problem = silenced(problem)
                     context.note(f"{_named(number, slices)} holds noise alone: its maps are empty")
@@ -184,6 +185,7 @@ class Reconstruct(Gadget):
                 try:
                     for yielded in self.method.solve(problem, _progress_of(number, slices)):
                         maps = check_result(yielded, problem.encoding)
+                        residuals.append(maps.residual_to_noise)
                         if not maps.preview:
                             final = maps
                         elif slices == 1:
@@ -205,7 +207,8 @@ class Reconstruct(Gadget):
                     elif slices > 1:
                         failed.add(number, "{} {was} not reconstructed", reason)
                 if isinstance(problem, Problem) and final is not None:
-                    _judge_fit(final, problem.reduced, _named(number, slices), context)
+                    # What the preview explains is no fault of the scan where the final maps do not.
+                    _judge_fit(min(residuals), problem.reduced, _named(number, slices), context)
                 finished.append(None if final is None else _crop(final, problem.encoding))
                 problem = None  # before the next one is made
                 problem = next(problems, None)
@@ -269,21 +272,21 @@ LEAST_UNEXPLAINED = 1.3
 """Residual in units of the noise below which it may be noise whose level is not quite known."""
 
 
-def _judge_fit(maps: Maps, reduced: ReducedKSpace, where: str, context: Context) -> None:
+def _judge_fit(residual: float, reduced: ReducedKSpace, where: str, context: Context) -> None:
     """Say where the images that the maps come from leave much of the signal unexplained.
 
     Args:
-        maps: with their residual; nothing is said where the noise is not known (nan).
+        residual: in units of the noise; nothing is said where that is not known (nan).
         reduced: the data of the slice, of noise variance 1.
         where: the slice, for the sentence.
         context: takes the note.
     """
     signal = max(reduced.energy / max(reduced.samples, 1) - 1, 1e-12)  # of a sample, in units of the noise
-    share = (maps.residual_to_noise - 1) / signal
-    if maps.residual_to_noise > LEAST_UNEXPLAINED and share > UNEXPLAINED:
+    share = (residual - 1) / signal
+    if residual > LEAST_UNEXPLAINED and share > UNEXPLAINED:
         context.note(
             f"the images of {where} leave {100 * min(share, 1):.0f} % of the signal's energy unexplained "
-            f"({maps.residual_to_noise:.1f} times the noise), so that maps may be wrong: by off-resonance "
+            f"({residual:.1f} times the noise), so that maps may be wrong: by off-resonance "
             "beyond reconstruct.field_range or beyond what the echo times tell, motion, or a header that "
             "does not tell what was played"
         )

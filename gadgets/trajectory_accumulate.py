@@ -73,6 +73,7 @@ class TrajectoryScan:
         self._calibration = TrajectoryStore(self._coils, self._dimensions)
         self._largest = np.zeros(self._dimensions)
         self._farthest = np.zeros(self._dimensions, dtype=np.int64)
+        self._readouts = self._readouts_beyond = 0
         self._came = np.zeros((0, self._points, self._announced_partitions), dtype=bool)
         """Which readouts have come, by slice, time point and partition."""
         self.end = MeasurementEnd()
@@ -163,6 +164,8 @@ class TrajectoryScan:
         given = trajectory[..., : self._dimensions]
         if given.shape[1]:
             reach = np.abs(given).max(axis=1)  # (readout, column)
+            self._readouts += len(reach)
+            self._readouts_beyond += int(np.count_nonzero(reach.max(axis=1) > 0.5 + ROUNDING))
             for column, row in enumerate(reach.argmax(axis=0)):
                 if reach[row, column] > self._largest[column]:
                     self._largest[column], self._farthest[column] = reach[row, column], numbers[row]
@@ -353,6 +356,14 @@ class TrajectoryScan:
                     f"{self._largest[axis]:.4g}, beyond 0.5 cycles per voxel and beyond {points / 2:g} "
                     "cycles per field of view"
                 )
+        # In cycles per field of view nearly every readout leaves the innermost cycle.
+        if self._readouts_beyond < 0.5 * self._readouts:
+            within = self._readouts - self._readouts_beyond
+            raise ScanError(
+                f"acquisition {self._farthest[column]} reaches k{COLUMNS[column]} = "
+                f"{self._largest[column]:.4g}, beyond 0.5 cycles per voxel, but {within} of the scan's "
+                f"{self._readouts} readouts stay within: their unit must be the same"
+            )
         # Cycles per field of view that stay below one make no image: something else is meant.
         for axis in range(self._dimensions):
             if 0 < self._largest[axis] < 1:

@@ -118,3 +118,11 @@ def test_t2star_that_is_moved_much_further_than_is_typical_is_the_linear_estimat
 def test_estimates_that_agree_are_left_as_they_are(sequence):
     maps = estimate(sequence, everywhere(), t2star=step(0.05, 0.1), t2=step(0.07, 1.0))
     assert torch.equal(agreed(maps, maps, 3.0, 0.7).theta, maps.theta)
+
+
+def test_a_value_that_is_not_finite_stays_alone():
+    t2star = torch.zeros(GRID)
+    t2star[3, 1, 4] = torch.nan
+    found, linear = estimate("vfa_gre", everywhere(), t2star=t2star), estimate("vfa_gre", everywhere())
+    drawn = column(agreed(found, linear, 1e-4, 0.7), "t2star")
+    assert int(drawn.isnan().sum()) == 1

@@ -295,6 +295,17 @@ def test_voxels_without_an_estimate_are_left_as_they_are():
         assert torch.equal(image[spoilt].nan_to_num(), failed.values[name][spoilt].nan_to_num()), name
 
 
+def test_unknowns_that_are_not_finite_are_counted_as_failed_voxels():
+    _, estimate, maps, start = _started()
+    theta = start.theta.clone()
+    theta[[3, 9], start.model.names.index("t2")] = math.nan
+    theta[9, start.model.names.index("t1")] = math.inf
+    spoilt = replace(start, theta=theta)
+    final = spoilt.delivered(estimate, maps, residual_to_noise=1.0, standard_deviations=False)
+    assert maps.failed_voxels == 0
+    assert final.failed_voxels == 2
+
+
 def test_a_voxel_of_no_amplitude_is_left_out():
     problem, estimate, maps, start = _started()
     place = tuple(start.mask.nonzero()[7].tolist())  # (x, z, y)

@@ -279,7 +279,7 @@ def test_training_that_diverges_starts_again_at_half_the_rate(monkeypatch, caplo
     assert "half the learning rate, 0.0005" in caplog.text
     assert maps.failure == ""
     monkeypatch.undo()
-    (_, slow), _ = _solve(problem, learning_rate=5e-4, **SHORT)
+    (_, slow), _ = _solve(problem, learning_rate=5e-4, start_rate=2.5e-3, **SHORT)
     assert _same(maps, slow)
 
 
@@ -291,6 +291,25 @@ def test_training_that_diverges_twice_leaves_the_linear_estimate_and_says_so(mon
     assert not maps.preview
     assert maps.failure.startswith("summit: training diverged at learning rate 0.001 and again at half of it")
     assert maps.failure.endswith("these are the linear estimate's maps")
+
+
+def test_a_start_that_diverges_is_named_with_its_own_rate():
+    problem, *_ = _scan(**TINY)
+    (preview, maps), _ = _solve(problem, start_rate=1e30, **SHORT)
+    assert _same(preview, maps)
+    assert "of the fit to the linear estimate's maps, at start_rate 5e+29" in maps.failure
+
+
+def test_networks_that_were_not_trained_to_the_end_are_reported(caplog):
+    problem, *_ = _scan(**TINY)
+    with caplog.at_level(logging.WARNING, "quantitron"):
+        (preview, maps), _ = _solve(problem, **{**SHORT, "start": "constant", "coil_start": "network"})
+    assert maps.residual_to_noise > 2 * preview.residual_to_noise
+    assert "not trained to the end" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "quantitron"):
+        _solve(_scan()[0], **QUICK)
+    assert "not trained" not in caplog.text
 
 
 def test_a_scan_without_signal_gives_empty_maps():

@@ -66,6 +66,17 @@ def test_beyond_k_space_is_an_error_that_names_the_acquisition():
         accumulate(numbered(lines), context())
 
 
+@pytest.mark.parametrize("factor", [3.0, 15.0])
+def test_one_readout_beyond_the_edge_does_not_decide_the_unit_of_all(factor):
+    lines = whole_scan(points=6)
+    lines.trajectory[4] *= factor
+    expected = (
+        r"acquisition 4 reaches k. = [\d.]+, beyond 0\.5 cycles per voxel, but 5 of the scan's 6 readouts"
+    )
+    with pytest.raises(ScanError, match=expected):
+        accumulate(numbered(lines), context())
+
+
 def test_a_little_beyond_the_edge_is_neither_unit():
     lines = whole_scan()
     lines.trajectory[:] *= 1.3

@@ -43,12 +43,15 @@ from quantitron.recon.solvers.map_networks import MapNetworks, marginal_precisio
 from quantitron.recon.solvers.map_objective import Attraction
 from quantitron.recon.solvers.model_based import ModelBased
 from quantitron.recon.solvers.solver import Progress
-from quantitron.recon.solvers.training import Schedule, TrainingDiverged, train_with_restart
+from quantitron.recon.solvers.training import (
+    Schedule,
+    TrainingDiverged,
+    train_with_restart,
+    warn_of_poor_fit,
+)
 
 logger = logging.getLogger("quantitron")
 
-POOR_FIT = 2.0
-"""Residual of jointly trained maps, in units of that of the linear estimate's, above which it is said."""
 OF_JOINT_TRAINING = (
     *("learning_rate", "low_rank_epochs", "batch", "voxels", "start_epochs", "convolution", "coils"),
     *("coil_start", "coupling", "wnnm_start", "wnnm_floor", "data_term", "held_out", "patience"),
@@ -105,7 +108,7 @@ class LoREIN(ModelBased):
     t2star_distance: float = field(default=0.0, metadata={"minimum": 0})
     """Distance of the T2* found from that of the linear estimate, in units of the typical one, from which on
     it is drawn nearer to the latter, of ``alternating``; 0: T2* is that of the maps alone."""
-    t2_edge: float = field(default=0.7, metadata={"minimum": 0})
+    t2_edge: float = field(default=0.0, metadata={"minimum": 0})
     """Standard deviation of the logarithm of T2 in a voxel's neighbourhood from which on its T2 is nearer to
     that of the linear estimate, of ``alternating``; tissue beside fluid has 1. 0: that of the maps alone."""
 
@@ -260,13 +263,7 @@ class LoREIN(ModelBased):
         found = training.unknowns(networks)
         residual = training.residual_to_noise(networks, found)
         usual = estimate.residual_to_noise(start.coefficients())
-        if not residual < POOR_FIT * usual:
-            logger.warning(
-                "the networks' maps leave a residual of %.3g times the noise, the linear estimate's %.3g; "
-                "they are not trained to the end: give them more epochs or start_epochs",
-                residual,
-                usual,
-            )
+        warn_of_poor_fit(residual, usual)
         return self.delivered(estimate, linear, found, problem, residual)
 
     def _alternating(

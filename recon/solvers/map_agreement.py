@@ -41,8 +41,8 @@ def agreed(found: MapEstimate, linear: MapEstimate, t2star_distance: float, t2_e
     if "t2star" in names and t2star_distance > 0:
         column = names.index("t2star")
         square = (linear.theta[:, column] - theta[:, column]).square()
-        typical = (square.median() / MEDIAN_SQUARE).clamp_min(torch.finfo(square.dtype).tiny)
-        _draw(theta[:, column], linear.theta[:, column], square / (t2star_distance**2 * typical))
+        typical = (square.nanmedian() / MEDIAN_SQUARE).clamp_min(torch.finfo(square.dtype).tiny)
+        _draw(theta[:, column], linear.theta[:, column], square / typical / t2star_distance**2)
     if "t2" in names and t2_edge > 0:
         column = names.index("t2")
         steepness = (local_variance(found, column) / t2_edge**2).square()

@@ -73,11 +73,13 @@ class MapEstimate:
         magnitude = maps.magnitude
         if magnitude is not None:
             magnitude = echo_images(self.coefficients().cpu(), estimate.basis)[:, 0].abs()[:, None]
+        failed = ~torch.stack([image.isfinite() for image in values.values()]).all(0) & maps.mask
         return replace(
             maps,
             values=values,
             standard_deviation=deviations,
             magnitude=magnitude,
+            failed_voxels=int(failed.sum()),
             residual_to_noise=residual_to_noise,
         )
 

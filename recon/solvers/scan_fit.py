@@ -23,7 +23,7 @@ from quantitron.recon.solvers.map_estimate import MapEstimate
 from quantitron.recon.solvers.scan_networks import NetworkSettings, Points, ScanNetworks, ScanValues
 from quantitron.recon.solvers.solver import Progress
 from quantitron.recon.solvers.start_maps import StartMaps
-from quantitron.recon.solvers.training import Schedule, TrainingRecord, train
+from quantitron.recon.solvers.training import Schedule, TrainingDiverged, TrainingRecord, train
 
 PUBLISHED_WEIGHTS: Mapping[str, float] = {
     "amplitude": 0.05,
@@ -175,13 +175,20 @@ class ScanFit:
         others = [value for name, value in self.networks.named_parameters() if ".encoding." not in name]
         groups = [ParameterGroup(tables, settings.table_rate), ParameterGroup(others)]
         if settings.start == "maps":
-            train(
-                self.networks,
-                self._start_epoch,
-                Schedule(settings.start_epochs, settings.start_rate, max(1, settings.start_epochs // 3)),
-                groups=groups,
-                progress=lambda doing, share: progress(f"start: {doing}", 0.15 + 0.1 * share),
-            )
+            # A restart at half the rate halves this one too: either fit may have diverged.
+            rate = settings.start_rate * schedule.learning_rate / settings.learning_rate
+            try:
+                train(
+                    self.networks,
+                    self._start_epoch,
+                    Schedule(settings.start_epochs, rate, max(1, settings.start_epochs // 3)),
+                    groups=groups,
+                    progress=lambda doing, share: progress(f"start: {doing}", 0.15 + 0.1 * share),
+                )
+            except TrainingDiverged as error:
+                raise TrainingDiverged(
+                    f"{error} of the fit to the linear estimate's maps, at start_rate {rate:g}"
+                ) from error
         return train(
             self.networks,
             self._epoch,

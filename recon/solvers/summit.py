@@ -24,7 +24,7 @@ from quantitron.recon.priors.block_matching import check_planes
 from quantitron.recon.solvers.cartesian import CartesianSolver
 from quantitron.recon.solvers.scan_fit import FitSettings, ScanFit
 from quantitron.recon.solvers.solver import Progress
-from quantitron.recon.solvers.training import Schedule, TrainingDiverged, train_with_restart
+from quantitron.recon.solvers.training import Schedule, TrainingDiverged, train_with_restart, warn_of_poor_fit
 
 
 @dataclass(frozen=True)
@@ -90,5 +90,8 @@ class Summit(FitSettings, CartesianSolver):
         except TrainingDiverged as error:
             yield replace(linear, failure=f"summit: {error}; these are the linear estimate's maps")
             return
-        yield fit.maps(self.standard_deviations)
+        maps = fit.maps(self.standard_deviations)
+        if problem.noise_known:
+            warn_of_poor_fit(maps.residual_to_noise, linear.residual_to_noise)
+        yield maps
         progress("done", 1.0)

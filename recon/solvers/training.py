@@ -28,6 +28,8 @@ ADAM_EPSILON = 1e-15
 """Features of a hash grid have gradients far below Adam's usual 1e-8."""
 BETAS = (0.9, 0.999)
 """Adam's usual decay of the means of the gradient and of its square."""
+POOR_FIT = 2.0
+"""Residual of trained networks, in units of that of the linear estimate, above which it is said."""
 _RECENT = 5
 """Epochs from whose time the remaining time is reckoned."""
 
@@ -197,6 +199,22 @@ def train_with_restart(
         raise TrainingDiverged(
             f"training diverged at learning rate {schedule.learning_rate:g} and again at half of it: {second}"
         ) from second
+
+
+def warn_of_poor_fit(residual: float, usual: float) -> None:
+    """Say where networks explain the data much less than the linear estimate does.
+
+    Args:
+        residual: of the networks, in units of the noise.
+        usual: of the linear estimate; nan where it is not known, and nothing is said.
+    """
+    if residual >= POOR_FIT * usual or math.isnan(residual):
+        logger.warning(
+            "the networks' maps leave a residual of %.3g times the noise, the linear estimate's %.3g; "
+            "they are not trained to the end: give them more epochs or start_epochs",
+            residual,
+            usual,
+        )
 
 
 def _check_finite(networks: nn.Module, losses: Mapping[str, float], epoch: int) -> None:
