@@ -412,3 +412,26 @@ def test_a_gpu_gives_maps_as_good(training):
     for name in TIMES:
         error = map_error(here, truth, mask, name)
         assert map_error(there, truth, mask, name) == pytest.approx(error, rel=0.15), name
+
+
+def test_the_preset_of_t2ir_gre_is_better_than_the_linear_estimate_in_every_map(tmp_path):
+    file = tmp_path / "t2ir_gre.h5"
+    simulate(
+        sequence="t2ir_gre",
+        output=file,
+        matrix=(32, 32, 2),
+        fov=(224.0, 224.0, 16.0),
+        coils=4,
+        acceleration=16.0,
+        snr=30.0,
+        supersampling=1,
+        excitations=12,
+        calibration_lines=(12, 2),
+    )
+    errors = {}
+    for name in ("subspace", "lorein"):
+        replay(file, name, tmp_path / f"{name}.h5", ["images.output=float32"])
+        errors[name] = compare(tmp_path / f"{name}.h5", file)["maps"]
+    # Measured: T1 7.5 and 5.9 %, T2 5.9 and 4.3 %, T2* 12.5 and 9.8 %.
+    for role, share in {"T1": 0.87, "T2": 0.83, "T2STAR": 0.87}.items():
+        assert errors["lorein"][role]["nrmse"] < share * errors["subspace"][role]["nrmse"], role

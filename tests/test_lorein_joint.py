@@ -94,6 +94,42 @@ def test_epochs_lower_the_losses(sequence, start_epochs):
     assert bool(((theta >= low) & (theta <= high)).all())
 
 
+class _Recorder:
+    """Takes the place of the optimiser: adds up the gradients of an epoch, and changes nothing."""
+
+    def __init__(self, networks: JointNetworks) -> None:
+        self._parameters = list(networks.parameters())
+        self.total = [torch.zeros_like(value) for value in self._parameters]
+
+    def zero_grad(self) -> None:
+        for value in self._parameters:
+            value.grad = None
+
+    def step(self) -> None:
+        for total, value in zip(self.total, self._parameters, strict=True):
+            if value.grad is not None:
+                total += value.grad
+
+
+def test_the_gradients_of_an_epoch_add_up_to_those_of_the_scan_however_it_is_cut():
+    """Of 16 positions, 5 or 6 to a step, the last step has one and four: it must not count as a full one."""
+    found = {}
+    for batch in (16, 5, 6):
+        training = _training(batch=batch, everywhere=True, held_out=0.0, wnnm=0.0)
+        networks = _fresh(training)
+        recorder = _Recorder(networks)
+        positions = training.problem.encoding.matrix[2]
+        for first in range(0, positions, batch):
+            training.step(networks, networks.block(slice(first, first + batch)), recorder)
+        found[batch] = (
+            torch.cat([total.flatten() for total in recorder.total]) * min(batch, positions) / positions
+        )
+    for batch in (5, 6):
+        torch.testing.assert_close(
+            found[batch], found[16], rtol=1e-3, atol=1e-4 * float(found[16].abs().max())
+        )
+
+
 @pytest.mark.parametrize("everywhere", [True, False])
 @pytest.mark.parametrize("batch", [1, 4, 5, 14])
 def test_losses_are_those_of_the_whole_scan_however_it_is_cut(batch, everywhere):

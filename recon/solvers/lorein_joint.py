@@ -265,7 +265,9 @@ class JointTraining:
             known = self._still[first]
             return {"dc1": known, "dc2": known, "prior": 0.0} if both else {"dc1": known}
         terms = self.terms(networks, block, both)
-        loss = torch.stack(list(terms.values())).sum()
+        # A last block of fewer positions than the others counts for as many as it has.
+        share = block.shape[0] / min(self.settings.batch, self._csm.shape[0])
+        loss = share * torch.stack(list(terms.values())).sum()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
