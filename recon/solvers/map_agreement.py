@@ -62,4 +62,5 @@ def local_variance(maps: MapEstimate, column: int) -> Tensor:
     moments = maps.images(torch.cat([unknown, unknown.square()], 1))  # (x, 2, z, y)
     sums = neighbourhood_mean(torch.cat([moments, inside], 1), EDGE_WIDTHS)
     first, second, weight = maps.values(sums).T  # (v,) each
-    return (second / weight - (first / weight).square()).clamp_min(0)
+    variance: Tensor = second / weight - (first / weight).square()
+    return variance.clamp_min(0)
