@@ -121,7 +121,7 @@ class JointINR(DensityCompensated, FingerprintSolver):
     """Share of the linear estimate's prior that is kept in that, as ``llr``'s."""
     low_rank: float = field(default=0.6, metadata={"minimum": 0})
     """Weight of locally low rank in that, as ``llr``'s."""
-    reweightings: int = field(default=4, metadata={"minimum": 1})
+    reweightings: int = field(default=3, metadata={"minimum": 1})
     """Times in each round that blocks are given the covariance of their signals."""
     consistency: float = field(default=1.0, metadata={"minimum": 0})
     """Factor on the pull towards the nearest fingerprints in that, once blocks have been reweighted; 1 is the
