@@ -207,8 +207,7 @@ class Reconstruct(Gadget):
                     elif slices > 1:
                         failed.add(number, "{} {was} not reconstructed", reason)
                 if isinstance(problem, Problem) and final is not None:
-                    # What the preview explains is no fault of the scan where the final maps do not.
-                    _judge_fit(min(residuals), problem.reduced, _named(number, slices), context)
+                    _judge_fit(residuals, problem.reduced, _named(number, slices), context)
                 finished.append(None if final is None else _crop(final, problem.encoding))
                 problem = None  # before the next one is made
                 problem = next(problems, None)
@@ -272,23 +271,32 @@ LEAST_UNEXPLAINED = 1.3
 """Residual in units of the noise below which it may be noise whose level is not quite known."""
 
 
-def _judge_fit(residual: float, reduced: ReducedKSpace, where: str, context: Context) -> None:
+def _judge_fit(residuals: list[float], reduced: ReducedKSpace, where: str, context: Context) -> None:
     """Say where the images that the maps come from leave much of the signal unexplained.
 
     Args:
-        residual: in units of the noise; nothing is said where that is not known (nan).
+        residuals: of the maps as they came, previews first, in units of the noise; nothing is said where that
+            is not known (nan).
         reduced: the data of the slice, of noise variance 1.
         where: the slice, for the sentence.
         context: takes the note.
     """
     signal = max(reduced.energy / max(reduced.samples, 1) - 1, 1e-12)  # of a sample, in units of the noise
-    share = (residual - 1) / signal
-    if residual > LEAST_UNEXPLAINED and share > UNEXPLAINED:
+    poor = [value > LEAST_UNEXPLAINED and (value - 1) / signal > UNEXPLAINED for value in residuals]
+    if not poor[-1]:
+        return
+    share = 100 * min((residuals[-1] - 1) / signal, 1)
+    amount = f"{share:.0f} % of the signal's energy unexplained ({residuals[-1]:.1f} times the noise)"
+    if all(poor):
         context.note(
-            f"the images of {where} leave {100 * min(share, 1):.0f} % of the signal's energy unexplained "
-            f"({residual:.1f} times the noise), so that maps may be wrong: by off-resonance "
+            f"the images of {where} leave {amount}, so that maps may be wrong: by off-resonance "
             "beyond reconstruct.field_range or beyond what the echo times tell, motion, or a header that "
             "does not tell what was played"
+        )
+    else:
+        context.note(
+            f"the maps of {where} leave {amount}, which the linear estimate explains: networks that were "
+            "trained too little, or a header that does not tell what was played"
         )
 
 
