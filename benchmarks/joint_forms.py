@@ -8,7 +8,10 @@
 - ``preconditioned``: ``object`` with the gradient of each coefficient image divided by the mean curvature of
   its data term and of its Gaussian prior, as the conjugate gradients are.
 
-Settings of ``JointSettings`` may follow a form: ``object:learning_rate=3e-3+wnnm=0``.
+Settings of ``JointSettings`` may follow a form: ``object:learning_rate=3e-3+wnnm=0``. So may two that were
+tried and are no part of the package: ``low_rank``, the weight of a locally low-rank penalty on the output of
+the LRR network, in the units of ``llr``; and ``noise_stop``, the multiple of the noise at which training ends,
+both data terms being there (Morozov's principle).
 
 ``everywhere`` and ``published`` minimise the same objective, up to what the maps' signals have outside the
 basis; ``object`` knows the voxels in which there is nothing.
@@ -16,6 +19,7 @@ basis; ``object`` knows the voxels in which there is nothing.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -34,11 +38,12 @@ from torch import Tensor, nn
 from quantitron.gadgets.image_file import TRUTH_GROUP, read_images
 from quantitron.gadgets.map_volume import map_volumes
 from quantitron.phantoms.simulate import simulate
-from quantitron.recon.algorithms.adam import ParameterGroup
+from quantitron.recon.algorithms.adam import Adam, ParameterGroup
 from quantitron.recon.data import Maps, Problem
 from quantitron.recon.metrics import CAPS, nrmse
 from quantitron.recon.networks.fields import Field
 from quantitron.recon.networks.low_rank_block import LowRankBlock
+from quantitron.recon.priors.low_rank import BlockLowRank
 from quantitron.recon.solvers import LoREIN
 from quantitron.recon.solvers.cartesian import CartesianSolver, LinearEstimate
 from quantitron.recon.solvers.joint_networks import Block, JointNetworks, JointSettings
@@ -73,11 +78,11 @@ class Scan:
         linear = CartesianSolver.maps(solver, estimate, estimate.coefficients, problem, _quiet)
         return cls(problem, estimate, linear, start_from(estimate, linear, problem))
 
-    def training(self, form: str, **settings: Any) -> JointTraining:
+    def training(self, form: str, **settings: Any) -> Tried:
         """The objective, computed in one of the forms."""
         form, own = settings_of(form)
         frames = form == "published"
-        chosen = JointSettings(
+        chosen = TriedSettings(
             **{
                 **SETTINGS,
                 "frames": frames,
@@ -87,7 +92,7 @@ class Scan:
                 **own,
             }
         )
-        kind = Preconditioned if form == "preconditioned" else JointTraining
+        kind = Preconditioned if form == "preconditioned" else Tried
         training = kind(self.problem, self.estimate, self.start, chosen)
         if frames:
             assert self.problem.kspace is not None
@@ -95,7 +100,64 @@ class Scan:
         return training
 
 
-class Preconditioned(JointTraining):
+@dataclass(frozen=True)
+class TriedSettings(JointSettings):
+    """Those of the package, and two that were tried."""
+
+    low_rank: float = 0.0
+    """Weight of the locally low-rank penalty on U, as that of ``llr``; 0: none."""
+    noise_stop: float = 0.0
+    """Multiple of the noise at which training ends; 0: never."""
+
+
+class Tried(JointTraining):
+    """The training with what was tried and not kept."""
+
+    settings: TriedSettings
+
+    def __init__(
+        self, problem: Problem, estimate: LinearEstimate, start: MapEstimate, settings: TriedSettings
+    ) -> None:
+        super().__init__(problem, estimate, start, settings)
+        self._shifts = torch.Generator().manual_seed(problem.seed)
+        self._explained: dict[str, float] | None = None
+        self.epochs_done = 0
+
+    def terms(self, networks: JointNetworks, block: Block, both: bool = True) -> dict[str, Tensor]:
+        """Besides the terms of the package: R(U) of blocks of three voxels, shifted at random."""
+        terms = super().terms(networks, block, both)
+        if self.settings.low_rank > 0:
+            u = networks.coefficients(block)  # (x, k, z, y)
+            components, voxels = u.shape[1], math.prod(min(3, n) for n in block.shape)
+            weight = self.settings.low_rank * self.estimate.noise_threshold(components, voxels)
+            penalty = BlockLowRank(weight, (3, 3, 3))
+            shift = penalty.random_shift(u.shape, self._shifts)
+            # The quadratic that touches R at U has its gradient there.
+            touching = penalty.reweighting(u.detach(), 0.3 * self.estimate.image_noise, shift)
+            value = 0.5 * (u.conj() * touching(u.detach())).real.sum()
+            terms["low_rank"] = value / self._unit(block)
+        return terms
+
+    def _epoch(
+        self,
+        networks: JointNetworks,
+        blocks: list[Block],
+        optimizer: Adam,
+        number: int,
+        generator: torch.Generator,
+    ) -> dict[str, float]:
+        """Nothing more once both data terms are at the noise, of which 1/2 is what it leaves."""
+        if self._explained is None:
+            losses = super()._epoch(networks, blocks, optimizer, number, generator)
+            self.epochs_done = number + 1
+            level = 0.5 * self.settings.noise_stop
+            if all(losses.get(name, math.inf) <= level for name in ("dc1", "dc2")):
+                self._explained = losses
+            return losses
+        return self._explained
+
+
+class Preconditioned(Tried):
     """The gradient of DC1 and of the term between the blocks by U, divided by U's mean curvature."""
 
     def terms(self, networks: JointNetworks, block: Block, both: bool = True) -> dict[str, Tensor]:
@@ -136,7 +198,7 @@ def settings_of(form: str) -> tuple[str, dict[str, Any]]:
     name, _, text = form.partition(":")
     if name not in FORMS:
         raise SystemExit(f"there is no form '{name}'; there are {', '.join(FORMS)}")
-    kinds = {entry.name: type(entry.default) for entry in fields(JointSettings)}
+    kinds = {entry.name: type(entry.default) for entry in fields(TriedSettings)}
     found: dict[str, Any] = {}
     for setting in filter(None, text.split("+")):
         key, _, value = setting.partition("=")
@@ -241,6 +303,7 @@ def equal(
         found = training.unknowns(networks)
         maps = LoREIN().delivered(scan.estimate, scan.linear, found, scan.problem)
         losses = ", ".join(f"{name} {value:.3f}" for name, value in record.losses[-1].items())
+        losses += f" after {training.epochs_done} epochs"
         report(f"{form} {seed}", maps, record.seconds, losses)
     return rows
 

@@ -246,7 +246,7 @@ class JointTraining:
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value * share
         offset = 0.5 * self._operator.energy / (self._operator.samples * self.estimate.noise)
-        losses = {name: value + (offset if name != "prior" else 0.0) for name, value in sums.items()}
+        losses = {name: value + (offset if name in ("dc1", "dc2") else 0.0) for name, value in sums.items()}
         started = number >= self.settings.wnnm_start * self.settings.epochs
         if both and started and self._matches is not None:
             losses["wnnm"] = self.norm_step(networks, blocks, optimizer)
