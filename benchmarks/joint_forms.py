@@ -10,7 +10,7 @@
 
 Settings of ``JointSettings`` may follow a form: ``object:learning_rate=3e-3+wnnm=0``. So may two that were
 tried and are no part of the package: ``low_rank``, the weight of a locally low-rank penalty on the output of
-the LRR network, in the units of ``llr``; and ``noise_stop``, the multiple of the noise at which training ends,
+the LRR network, in the units of ``llr``; and ``noise_stop``, the multiple of the noise where training ends,
 both data terms being there (Morozov's principle).
 
 ``everywhere`` and ``published`` minimise the same objective, up to what the maps' signals have outside the
