@@ -81,12 +81,55 @@ def test_repeated_points_share_their_cell() -> None:
     assert (found[768:] - 0.5).abs().max() < 1e-3
 
 
-def test_three_dimensions() -> None:
-    grid = (4, 6, 8)
+def slab(grid: tuple[int, int, int]) -> Tensor:
     axes = [(torch.arange(n) - n // 2) / n for n in grid]
     kz, ky, kx = torch.meshgrid(*axes, indexing="ij")
-    trajectory = torch.stack([kx.flatten(), ky.flatten(), kz.flatten()], -1)
-    assert (pipe_menon(NonuniformFourier(trajectory, grid)) - 1).abs().max() < 1e-3
+    return torch.stack([kx, ky, kz], -1).flatten(0, 2)
+
+
+@pytest.mark.parametrize("weights", METHODS)
+def test_three_dimensions(weights: Method) -> None:
+    grid = (4, 6, 8)
+    assert (weights(slab(grid), grid) - 1).abs().max() < 1e-3
+
+
+def test_cells_of_a_sheared_grid_in_no_planes_of_kz_have_the_same_volume() -> None:
+    grid = (4, 6, 8)
+    sheared = 0.8 * slab(grid) @ torch.tensor([[1.0, 0.0, 0.1], [0.0, 1.0, 0.07], [0.0, 0.0, 1.0]])
+    assert (voronoi(sheared, grid) / 0.8**3 - 1).abs().max() < 1e-3
+
+
+def test_planes_stand_for_the_share_of_kz_between_their_neighbours() -> None:
+    grid = (4, *GRID[1:])
+    heights = torch.tensor([-0.5, -0.25, 0.0, 0.125, 0.375])
+    plane = cartesian()
+    stack = torch.cat([torch.cat([plane, torch.full((len(plane), 1), float(z))], 1) for z in heights])
+    found = voronoi(stack, grid).reshape(5, -1)
+    expected = 4 * torch.tensor([0.25, 0.25, 0.1875, 0.1875, 0.25])
+    torch.testing.assert_close(found, expected[:, None].expand_as(found), rtol=1e-3, atol=0)
+    alone = voronoi(torch.cat([plane, torch.zeros(len(plane), 1)], 1), grid)
+    torch.testing.assert_close(alone, torch.ones(len(plane)), rtol=1e-3, atol=0)
+
+
+def test_cells_in_3d_fill_the_ball_and_invert_what_lies_in_it() -> None:
+    """Points drawn at random, the denser the nearer to the centre: the volumes make up for that."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(12000, 3, generator=generator)
+    radius = 0.5 * torch.rand(12000, 1, generator=generator).sqrt()  # density as 1 / radius
+    trajectory = radius * direction / direction.norm(dim=1, keepdim=True)
+    grid = (12, 12, 12)
+    found = voronoi(trajectory, grid)
+    # The outermost cells, which have no end, are as large as the next ones.
+    assert float(found.sum()) == pytest.approx(
+        12**3 * math.pi / 6, rel=0.05
+    )  # the outermost cells are those within
+    axis = (torch.arange(12) - 6.0) ** 2
+    square = axis[:, None, None] + axis[:, None] + axis
+    bump = torch.exp(-square / 2 / 1.5**2).to(torch.complex64)
+    fourier = NonuniformFourier(trajectory, grid)
+    back = fourier.adjoint(fourier(bump) * found)
+    assert float((back - bump).norm() / bump.norm()) < 0.1
+    assert float((fourier.adjoint(fourier(bump)) - bump).norm() / bump.norm()) > 1
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 3e15])
@@ -106,8 +149,10 @@ def test_weights_by_name() -> None:
 
 
 def test_says_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match=r"\(n, 2\)"):
-        voronoi(torch.zeros(5, 3), GRID)
+    with pytest.raises(ValueError, match=r"\(n, 2\) and \(n, 3\), not \(5, 4\)"):
+        voronoi(torch.zeros(5, 4), GRID)
+    with pytest.raises(ValueError, match="in a plane"):
+        voronoi(torch.rand(50, 2) @ torch.tensor([[1.0, 0.0, 0.3], [0.0, 1.0, 0.2]]) - 0.5, GRID)
     with pytest.raises(ValueError, match="on a line"):
         voronoi(torch.linspace(-0.5, 0.5, 20)[:, None] * torch.tensor([1.0, 0.5]), GRID)
     with pytest.raises(ValueError, match="at least one iteration"):

@@ -279,16 +279,3 @@ def test_groups_change_no_map(noisy, solver):
             assert map_error(fast, noisy, name) == pytest.approx(map_error(every, noisy, name), rel=0.05)
         else:
             assert ((one - two).abs() > 1e-4 * two).float().mean() < 0.01, name
-
-
-@pytest.mark.parametrize("solver", [SvdMrf(density="voronoi"), JointINR(density="voronoi")])
-def test_voronoi_cells_in_3d_are_refused_before_any_data(solver):
-    scan = fingerprint_scan()
-    problem = scan.problem
-    solver.check(problem.encoding, problem.protocol)
-    slab = replace(problem.encoding, matrix=(16, 32, 32), delivered_matrix=(16, 32, 32))
-    with pytest.raises(ValueError, match="density 'voronoi' is for scans of one partition, this one has 16"):
-        solver.check(slab, problem.protocol)
-    replace(solver, density="pipe").check(slab, problem.protocol)
-    if isinstance(solver, JointINR):
-        replace(solver, start="cg").check(slab, problem.protocol)

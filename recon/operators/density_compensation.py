@@ -24,6 +24,10 @@ SAME_POINT = 1e-6
 """Distance [cycles per voxel] below which two points are one."""
 _PRECISION = 1e-4
 """Of the transforms that tell densities."""
+_APART = 0.1 * SAME_POINT
+"""How far points in 3D are moved, so that no more than four are on one sphere [cycles per voxel]."""
+_PLANES = 4
+"""Planes of a stack for each of its partitions, at most: those of one that is oversampled along z."""
 
 
 def density_weights(trajectory: Tensor, grid: tuple[int, int, int], method: str = "pipe") -> Tensor:
@@ -109,69 +113,129 @@ def _of_unit_density(weights: Tensor, density_of: Callable[[Tensor], Tensor]) ->
 
 
 def voronoi(trajectory: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Weights from the areas of Voronoi cells, in 2D (Rasche et al. 1999).
+    """Weights from the sizes of Voronoi cells (Rasche et al. 1999): areas in 2D, volumes in 3D.
 
     Points closer than ``SAME_POINT`` are one cell that they share. Cells that reach beyond the convex hull of
-    the points have no end there; they get the area of the nearest cell that has.
+    the points have no end there; they get the size of the nearest cell that has. A stack, points in planes of
+    constant kz, takes the areas within each plane times the share of kz that the plane stands for; the first
+    and the last plane stand for as much as their neighbours.
 
     Args:
-        trajectory: (n, 2) points of the distinct readouts, cycles per voxel.
-        grid: (z, y, x) of the images; z does not enter.
+        trajectory: (n, d) points of the distinct readouts, cycles per voxel, columns x, y[, z].
+        grid: (z, y, x) of the images; z does not enter in 2D.
 
     Returns:
         (n,) float32, on the device of the trajectory.
 
     Raises:
-        ValueError: if the trajectory is not of two columns, or all points lie on a line.
+        ValueError: if the trajectory is of other columns, or all points lie on a line, or, in 3D, in a plane
+            that is none of constant kz.
     """
-    if trajectory.ndim != 2 or trajectory.shape[1] != 2:
-        raise ValueError(f"Voronoi cells are made for trajectories (n, 2), not {tuple(trajectory.shape)}")
+    if trajectory.ndim != 2 or trajectory.shape[1] not in (2, 3):
+        raise ValueError(
+            f"Voronoi cells are made for trajectories (n, 2) and (n, 3), not {tuple(trajectory.shape)}"
+        )
     points = trajectory.detach().cpu().double().numpy()
+    voxels = grid[1] * grid[2] * (grid[0] if points.shape[1] == 3 else 1)
+    if points.shape[1] == 3 and (planes := _planes(points[:, 2], grid[0])) is not None:
+        weights = np.empty(len(points))
+        for members, thickness in zip(*planes, strict=True):
+            weights[members] = _shares(points[members, :2]) * (thickness or 1 / grid[0])
+    else:
+        weights = _shares(points)
+    return torch.from_numpy((weights * voxels).astype(np.float32)).to(trajectory.device)
+
+
+def _planes(
+    kz: NDArray[np.float64], partitions: int
+) -> tuple[list[NDArray[np.int64]], NDArray[np.float64]] | None:
+    """Members of each plane of a stack, and the length of kz that it stands for; 0 where it is the only one.
+
+    None where points are in no planes: at more places along kz than any stack of so many partitions has.
+    """
+    height, which = np.unique(np.round(kz / SAME_POINT), return_inverse=True)
+    which = which.reshape(-1)
+    if len(height) > _PLANES * partitions:
+        return None
+    members = np.split(which.argsort(kind="stable"), np.bincount(which).cumsum()[:-1])
+    if len(height) == 1:
+        return members, np.zeros(1)
+    between = np.diff(height * SAME_POINT)
+    return members, (np.append(between[:1], between) + np.append(between, between[-1:])) / 2
+
+
+def _shares(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Size of the cell of each of the points (n, d), shared among points at one place."""
+    dimensions = points.shape[1]
     places, which = np.unique(np.round(points / SAME_POINT), axis=0, return_inverse=True)
     which = which.reshape(-1)
     places *= SAME_POINT
     spread = places - places.mean(0)
-    if len(places) < 4 or np.linalg.svd(spread, compute_uv=False)[-1] < SAME_POINT * len(places) ** 0.5:
-        raise ValueError("Voronoi cells need points that do not all lie on a line")
-    areas = _cell_areas(places)
-    inside = np.isfinite(areas)
+    least = SAME_POINT * len(places) ** 0.5
+    if len(places) < dimensions + 2 or np.linalg.svd(spread, compute_uv=False)[-1] < least:
+        flat = "on a line" if dimensions == 2 else "in a plane"
+        raise ValueError(f"Voronoi cells need points that do not all lie {flat}")
+    sizes = _cell_sizes(places)
+    inside = np.isfinite(sizes)
     if not inside.any():
-        raise ValueError("Voronoi cells need points inside the convex hull of the others")
+        raise ValueError(
+            f"the Voronoi cells of all {len(places)} points reach beyond their convex hull; take density 'pipe'"
+        )
     if not inside.all():
         _, nearest = cKDTree(places[inside]).query(places[~inside])
-        areas[~inside] = areas[inside][nearest]
-    weights = areas[which] / np.bincount(which)[which] * (grid[1] * grid[2])
-    return torch.from_numpy(weights.astype(np.float32)).to(trajectory.device)
+        sizes[~inside] = sizes[inside][nearest]
+    shares: NDArray[np.float64] = sizes[which] / np.bincount(which)[which]
+    return shares
 
 
-def _cell_areas(places: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Areas of the Voronoi cells (n,); infinite for those that reach beyond the convex hull."""
+def _cell_sizes(places: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sizes of the Voronoi cells of (n, d); infinite for those that reach beyond the convex hull.
+
+    A cell is made of the pyramids from its point to its faces, each half of the way to a neighbour away.
+    """
+    count, dimensions = places.shape
+    if dimensions == 3:
+        # Of eight points on a sphere, as in a grid, Qhull does not put the corners of faces in order.
+        shift = np.random.default_rng(0).uniform(-0.5, 0.5, places.shape)
+        places = places + _APART * shift
     diagram = Voronoi(places)
+    beyond = _beyond_hull(diagram.vertices, places)
+    faces = [face for face in diagram.ridge_vertices if -1 not in face]
+    bounded = np.array([-1 not in face for face in diagram.ridge_vertices])
+    neighbours = diagram.ridge_points
+    open_cell = np.zeros(count, dtype=bool)
+    open_cell[neighbours[~bounded].ravel()] = True
+    neighbours = neighbours[bounded]
+    lengths = np.array([len(face) for face in faces])
+    corners = np.concatenate([np.asarray(face) for face in faces]) if faces else np.empty(0, np.int64)
+    starts = np.concatenate([[0], lengths.cumsum()[:-1]]).astype(np.int64)
+    open_cell[neighbours[np.logical_or.reduceat(beyond[corners], starts)].ravel()] = True
+    # Corners from the first one of their face, to keep digits.
+    here = diagram.vertices[corners] - diagram.vertices[corners[starts]].repeat(lengths, axis=0)
+    if dimensions == 2:
+        measure = np.linalg.norm(here[starts + 1], axis=1)
+    else:
+        there = np.roll(here, -1, axis=0)
+        there[starts + lengths - 1] = 0  # back to the first one
+        measure = np.linalg.norm(np.add.reduceat(np.cross(here, there), starts, axis=0), axis=1) / 2
+    distance = np.linalg.norm(places[neighbours[:, 0]] - places[neighbours[:, 1]], axis=1) / 2
+    sizes = np.zeros(count)
+    for side in (0, 1):
+        sizes += np.bincount(neighbours[:, side], measure * distance / dimensions, minlength=count)
+    sizes[open_cell] = np.inf
+    return sizes
+
+
+def _beyond_hull(vertices: NDArray[np.float64], places: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which of the vertices (v, d) lie outside the convex hull of the places."""
     faces = ConvexHull(places).equations  # normal, offset: <= 0 inside
+    normal, offset = faces[:, :-1], faces[:, -1]
     centre = places.mean(0)
-    # Most vertices lie within a circle that the hull encloses; only the others are held against each face.
-    enclosed = float(-(faces[:, :2] @ centre + faces[:, 2]).max())
-    outer = np.flatnonzero(np.linalg.norm(diagram.vertices - centre, axis=1) > enclosed)
-    beyond = np.zeros(len(diagram.vertices), dtype=bool)
+    # Most vertices lie within a sphere that the hull encloses; only the others are held against each face.
+    enclosed = float(-(normal @ centre + offset).max())
+    outer = np.flatnonzero(np.linalg.norm(vertices - centre, axis=1) > enclosed)
+    beyond = np.zeros(len(vertices), dtype=bool)
     for start in range(0, len(outer), 4096):
         chosen = outer[start : start + 4096]
-        beyond[chosen] = (diagram.vertices[chosen] @ faces[:, :2].T + faces[:, 2]).max(1) > SAME_POINT
-    areas = np.full(len(places), np.inf)
-    regions = [diagram.regions[region] for region in diagram.point_region]
-    bounded = np.array([bool(region) and -1 not in region for region in regions])
-    chosen = np.flatnonzero(bounded)
-    if not len(chosen):
-        return areas
-    lengths = np.array([len(regions[number]) for number in chosen])
-    corners = np.concatenate([regions[number] for number in chosen])
-    starts = np.concatenate([[0], lengths.cumsum()[:-1]])
-    # Shoelace formula, all cells at once, about their points to keep digits.
-    owner = chosen.repeat(lengths)
-    here = diagram.vertices[corners] - places[owner]
-    following = np.arange(1, len(corners) + 1)
-    following[starts + lengths - 1] = starts
-    there = here[following]
-    area = np.add.reduceat(here[:, 0] * there[:, 1] - here[:, 1] * there[:, 0], starts) / 2
-    outside = np.add.reduceat(beyond[corners].astype(int), starts) > 0
-    areas[chosen] = np.where(outside, np.inf, np.abs(area))
-    return areas
+        beyond[chosen] = (vertices[chosen] @ normal.T + offset).max(1) > SAME_POINT
+    return beyond

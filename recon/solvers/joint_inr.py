@@ -131,11 +131,6 @@ class JointINR(DensityCompensated, FingerprintSolver):
     share of the signal: several tissues in a voxel, and what the signal model does not know. The pull so
     grows with the noise, and where there is little signal."""
 
-    @property
-    def compensates_density(self) -> bool:
-        """Only the adjoint has density weights."""
-        return self.start == "adjoint"
-
     def solve(self, problem: FingerprintProblem, progress: Progress) -> Iterator[Maps]:
         """Reconstruct one slice; yields the final maps only."""
         if self.start == "cg":
