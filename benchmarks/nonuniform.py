@@ -1,12 +1,13 @@
-"""NUFFT and Toeplitz operators beside those of mri-nufft, SigPy and BART: same data, same run.
+"""NUFFT, Toeplitz operators and matching beside those of other packages: same data, same run.
 
     python benchmarks/nonuniform.py [--matrix 192] [--points 500 1000] [--threads 2]
 
 A scan of so many time points, one of 48 spirals each, 8 coils, 5 coefficient images. The peers do what they
 offer: mri-nufft a subspace operator without Toeplitz, SigPy a Toeplitz operator without subspace (so K = 1 is
 compared), BART both (``pics -t -B``; the time of an iteration is the slope between two runs, its set-up the
-rest). Times on the clock and of processors, which other programs disturb less. ``agrees`` is the relative
-difference from our result, after one fitted factor: conventions differ.
+rest). None of these matches fingerprints; mrpro does, with every atom. Times on the clock and of processors,
+which other programs disturb less. ``agrees`` is the relative difference from our result, after one fitted
+factor: conventions differ. Peers that are not installed are left out with ``--without``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if __name__ == "__main__":
     parser.add_argument("--points", type=int, nargs="+", default=[500, 1000])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--without", nargs="*", default=[], choices=("mri-nufft", "sigpy", "bart"))
+    parser.add_argument("--without", nargs="*", default=[], choices=("mri-nufft", "sigpy", "bart", "mrpro"))
     arguments = parser.parse_args()
     # Libraries read these once, when they are loaded.
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -39,14 +40,19 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from match import MEMORY, fingerprint, tissue
 from peers_bart import bart_available, read_cfl, write_cfl
 from torch import Tensor
 
 from quantitron.recon.algorithms.conjugate_gradient import conjugate_gradient
+from quantitron.recon.atom_groups import AtomGroups
 from quantitron.recon.data import Basis, TrajectoryKSpace
+from quantitron.recon.fingerprint_match import dictionary_table
+from quantitron.recon.match import best_atom
 from quantitron.recon.operators.density_compensation import density_weights
 from quantitron.recon.operators.nonuniform_fourier import NonuniformFourier
 from quantitron.recon.operators.toeplitz import ToeplitzSense
+from quantitron.recon.signal.fingerprint_dictionary import fingerprint_dictionary
 from quantitron.recon.trajectory_gram import sum_readouts
 
 
@@ -362,6 +368,42 @@ def bart(scan: Scan, operator: ToeplitzSense, data: Tensor, task: str, threads: 
     row(f"{task}: iteration", "bart pics -t -B", iteration, agreement(found, images_of(ours)))
 
 
+def matching(rank: int, repeats: int, without: list[str], voxels: int = 37000) -> None:
+    """Fingerprints of as many voxels as a slice of 192 x 192 has to the atoms of a dictionary (match.py).
+
+    ``agrees`` is the share of voxels whose atom is another one.
+    """
+    protocol = fingerprint()
+    dictionary = fingerprint_dictionary(protocol)
+    signals = tissue(protocol, dictionary, voxels, 0.05)[0][:, :rank].contiguous()
+    table = dictionary_table(dictionary, dictionary.basis(rank))
+    atoms = table.flatten(0, 2)[dictionary.plausible.flatten()].contiguous()
+    task = f"match, {len(atoms)} atoms"
+    groups = AtomGroups.similar(atoms, 256)
+    nearest = best_atom(signals, atoms, MEMORY)[0]
+
+    def in_groups() -> Tensor:
+        return groups.best_of_near_groups(signals, MEMORY)[0]
+
+    def differ(found: Tensor) -> float:
+        return float((found != nearest).double().mean())
+
+    row(task, "quantitron groups", seconds(in_groups, repeats), differ(in_groups()))
+    row(task, "quantitron all atoms", seconds(lambda: best_atom(signals, atoms, MEMORY), 1))
+    if "mrpro" in without:
+        return
+    try:
+        from mrpro.operators import DictionaryMatchOp
+    except ImportError:
+        print("mrpro: not installed, left out")
+        return
+    # Its atoms come from a function of their parameters: here of their number.
+    peer = DictionaryMatchOp(lambda number: (atoms.mT[:, number],), batch_size=MEMORY // (8 * len(atoms)))
+    peer.append(torch.arange(len(atoms)))
+    columns = signals.mT.contiguous()
+    row(task, "mrpro", seconds(lambda: peer(columns), 1), differ(peer(columns)[0]))
+
+
 def main() -> None:
     torch.set_num_threads(arguments.threads)
     a = arguments
@@ -376,6 +418,7 @@ def main() -> None:
             if "sigpy" not in a.without:
                 single(scan, a.repeats)
         operators(scan, a.repeats, a.without, a.threads)
+    matching(a.rank, a.repeats, a.without)
 
 
 if __name__ == "__main__":
