@@ -17,8 +17,9 @@ frames that are fully sampled; ``floor, R`` has R times its variance, that of th
 run as they ship, or with settings after the name (``joint_inr:start=adjoint``), each in a process of its own;
 the dictionary is in the cache, as for every scan but the first of a protocol.
 
-spheres: T2 plate of the NIST phantom: bias and coefficient of variation of each sphere, slope over all. A
-sphere without any estimate has a bias of -100 % and counts as a CoV of 100 %; its number is named.
+spheres: T2 plate of the NIST phantom: bias and coefficient of variation of each sphere, slope over all, of
+every pipeline and of the two floors. A sphere without any estimate has a bias of -100 % and counts as a CoV
+of 100 %; its number is named.
 
 volume: a stack of spirals, 96x96x24, 500 points, 8 coils: seconds and peak memory.
 """
@@ -54,7 +55,7 @@ from quantitron.phantoms.simulate_fingerprint import simulate_fingerprint
 from quantitron.phantoms.spiral import SpiralDesign, design_spiral
 from quantitron.recon.data import Encoding, FingerprintProblem, Protocol, TrajectoryKSpace
 from quantitron.recon.fingerprint_maps import fingerprint_maps
-from quantitron.recon.metrics import mape
+from quantitron.recon.metrics import line_through, mape, sphere_statistics
 
 MATRIX, FIELD, COILS, INTERLEAVES, SNR, SAMPLES = 192, (220.0, 220.0, 5.0), 8, 48, 10.0, 768
 ORDERS = ("sequential", "shuffled")
@@ -182,10 +183,10 @@ def accuracy(
     return rows
 
 
-def floor(
-    anatomy: str | Path, protocol: Protocol, raw: Path, snr: float, seed: int, excess: float
-) -> dict[str, Any]:
-    """MAPE of the match of perfect images with ``excess`` times the noise of fully sampled frames."""
+def perfect_match(
+    anatomy: str | Path, protocol: Protocol, snr: float, seed: int, excess: float
+) -> dict[str, np.ndarray]:
+    """Role -> map (z, y, x) [ms] of perfect images with ``excess`` times the noise of full sampling."""
     encoding = Encoding(
         (1, MATRIX, MATRIX), (FIELD[2] / 1e3, FIELD[1] / 1e3, FIELD[0] / 1e3), (1, MATRIX, MATRIX)
     )
@@ -233,17 +234,37 @@ def floor(
         residual_to_noise=1.0,
         standard_deviations=False,
     )
+    return {role: 1e3 * found.values[role.lower()][0].numpy() for role in ROLES}
+
+
+def floor(
+    anatomy: str | Path, protocol: Protocol, raw: Path, snr: float, seed: int, excess: float
+) -> dict[str, Any]:
+    """MAPE of the perfect match in white and in grey matter."""
     truth = map_volumes(read_images(raw, "truth"))
     inside = truth["MASK"].values > 0
-    result: dict[str, Any] = {}
-    for role in ROLES:
-        estimate = 1e3 * found.values[role.lower()][0].numpy()
-        result[role] = {
+    return {
+        role: {
             f"mape_{tissue}": mape(
                 estimate, truth[role].values, inside & (truth[tissue.upper()].values > 0.5)
             )
             for tissue in ("wm", "gm")
         }
+        for role, estimate in perfect_match(anatomy, protocol, snr, seed, excess).items()
+    }
+
+
+def sphere_floor(protocol: Protocol, raw: Path, snr: float, seed: int, excess: float) -> dict[str, Any]:
+    """Slope over the spheres, and statistics of each, of the perfect match, as ``compare`` has them."""
+    truth = map_volumes(read_images(raw, "truth"))
+    labels = np.rint(truth["SPHERES"].values).astype(np.int64)
+    result: dict[str, Any] = {}
+    for role, estimate in perfect_match("nist", protocol, snr, seed, excess).items():
+        spheres = sphere_statistics(estimate, truth[role].values, labels)
+        line = line_through(
+            np.array([sphere.mean for sphere in spheres]), np.array([sphere.reference for sphere in spheres])
+        )
+        result[role] = {"slope": line.slope, "list": [vars(sphere) for sphere in spheres]}
     return result
 
 
@@ -289,39 +310,39 @@ def spheres(
     say("|---|---|---|---|---|---|---|---|---|---|---|---|")
     rows: list[dict[str, Any]] = []
     raw, maps = folder / "raw.h5", folder / "maps.h5"
-    conditions = itertools.product(wanted, levels, lengths, seeds, orders)
-    for (schedule, points), snr, samples, seed, order in conditions:
-        slice_of("nist", schedule, points, order, snr, samples, seed, raw)
-        case = (schedule, points, f"{snr:g}", samples, seed, order)
-        for pipeline in pipelines:
-            method, settings = settings_of(pipeline)
-            measured_replay(raw, method, maps, settings)
-            found = compare(maps, raw)["spheres"]
-            for role in ROLES:
-                part = found[role]
-                biases = [sphere["bias"] for sphere in part["list"]]
-                empty = [sphere["label"] for sphere in part["list"] if sphere["variation"] is None]
-                variations = [
-                    1.0 if sphere["variation"] is None else sphere["variation"] for sphere in part["list"]
-                ]
-                rows.append(
-                    {
-                        "case": case,
-                        "pipeline": pipeline,
-                        "role": role,
-                        **part,
-                    }
-                )
-                each = ", ".join(
-                    f"{100 * bias:+.1f}/{100 * variation:.1f}"
-                    for bias, variation in zip(biases, variations, strict=True)
-                )
-                say(
-                    f"| {' | '.join(map(str, case))} | `{pipeline}` | {role} | "
-                    f"{part['slope']:.4f} | {100 * float(np.mean(variations)):.2f} | "
-                    f"{100 * max(biases, key=abs):+.1f} | {each}"
-                    + (f"; no estimate in sphere {', '.join(map(str, empty))} |" if empty else " |")
-                )
+
+    def add(case: tuple[Any, ...], pipeline: str, found: dict[str, Any]) -> None:
+        for role in ROLES:
+            part = found[role]
+            biases = [sphere["bias"] for sphere in part["list"]]
+            empty = [sphere["label"] for sphere in part["list"] if sphere["variation"] is None]
+            variations = [
+                1.0 if sphere["variation"] is None else sphere["variation"] for sphere in part["list"]
+            ]
+            rows.append({"case": case, "pipeline": pipeline, "role": role, **part})
+            each = ", ".join(
+                f"{100 * bias:+.1f}/{100 * variation:.1f}"
+                for bias, variation in zip(biases, variations, strict=True)
+            )
+            say(
+                f"| {' | '.join(map(str, case))} | `{pipeline}` | {role} | "
+                f"{part['slope']:.4f} | {100 * float(np.mean(variations)):.2f} | "
+                f"{100 * max(biases, key=abs):+.1f} | {each}"
+                + (f"; no estimate in sphere {', '.join(map(str, empty))} |" if empty else " |")
+            )
+
+    for (schedule, points), snr, samples, seed in itertools.product(wanted, levels, lengths, seeds):
+        for number, order in enumerate(orders):
+            scan = slice_of("nist", schedule, points, order, snr, samples, seed, raw)
+            case = (schedule, points, f"{snr:g}", samples, seed)
+            if number == 0:
+                protocol = make_schedule(schedule, points, seed=seed)
+                for label, excess in (("floor", 1.0), ("floor, R", scan.acceleration)):
+                    add((*case, ""), label, sphere_floor(protocol, raw, snr, seed, excess))
+            for pipeline in pipelines:
+                method, settings = settings_of(pipeline)
+                measured_replay(raw, method, maps, settings)
+                add((*case, order), pipeline, compare(maps, raw)["spheres"])
     return rows
 
 
