@@ -16,7 +16,9 @@ from quantitron.recon.solvers.svdmrf import SvdMrf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PUBLISHED = JointINR(unmix=0.0, heads="trained", phase_width=0.0, decay_encoder=1e-5, epochs=150)
+PUBLISHED = JointINR(
+    unmix=0.0, adjoint_low_rank=0.0, heads="trained", phase_width=0.0, decay_encoder=1e-5, epochs=150
+)
 """As in the paper; it gives no numbers for decay and steps."""
 
 
@@ -66,6 +68,44 @@ def test_unmixing_brings_the_images_nearer_to_the_truth(noisy):
     """Where each time point plays one spiral of eight; as many components as are unmixed are there."""
     plain, unmixed = (image_error(JointINR(unmix=share, adjoint_rank=3), noisy) for share in (0.0, 3e-3))
     assert unmixed < 0.85 * plain  # 0.103 and 0.131
+
+
+def low_rank_error(scan: FingerprintScan, weight: float) -> float:
+    """Of the unmixed images once blocks of them are of low rank."""
+    solver = JointINR(adjoint_low_rank=weight)
+    images, basis = solver._adjoint(solver.prepare(scan.problem, quiet))
+    images = solver._low_rank(images, scan.mask, torch.Generator().manual_seed(0))
+    truth = torch.einsum("lk,lzyx->xkzy", basis.mixing[0].conj(), scan.coefficients)
+    inside = scan.mask.permute(2, 0, 1)[:, None].expand_as(truth)
+    phase = (truth[inside].conj() * images[inside]).sum().sgn()
+    return difference(images[inside], phase * truth[inside])
+
+
+def test_low_rank_brings_the_images_nearer_to_the_truth(noisy):
+    none, some, much = (low_rank_error(noisy, weight) for weight in (0.0, 0.2, 5.0))
+    assert some < 0.97 * none
+    assert much > 1.5 * none  # the signal itself goes
+
+
+def test_what_is_like_the_surroundings_goes_whatever_its_size_and_colour():
+    """Noise of components of very different size that depend on each other."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.tensor([[1e3, 0, 0, 0], [500, 20, 0, 0], [3, 2j, 1, 0], [0, 0.5, 0.1, 1e-2]])
+    noise = torch.randn(40, 4, 1, 40, dtype=torch.complex64, generator=generator)
+    noise = torch.einsum("ij,xjzy->xizy", mixing, noise)
+    mask = torch.zeros(1, 40, 40, dtype=torch.bool)
+    mask[:, 10:30, 10:30] = True
+
+    def left(weight: float) -> Tensor:
+        found = JointINR(adjoint_low_rank=weight)._low_rank(noise, mask, generator)
+        return (found.abs().square().sum((0, 2, 3)) / noise.abs().square().sum((0, 2, 3))).sqrt()  # (k,)
+
+    assert left(1.3).max() < 0.02
+    assert left(0.2).min() > 0.6
+    assert torch.equal(left(0.0), torch.ones(4))
+    little = torch.ones_like(mask)
+    little[:, 0] = False
+    assert torch.equal(JointINR()._low_rank(noise, little, generator), noise)  # nothing tells the noise
 
 
 def test_unmixing_changes_little_where_every_time_point_plays_all_of_k_space():

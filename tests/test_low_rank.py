@@ -146,6 +146,17 @@ def test_shifts_come_from_the_generator():
     assert {s[2] for s in shifts} == {0, 1, 2}
 
 
+def test_mean_of_all_tilings():
+    """Every tiling once, whatever the generator: the mean does not depend on it."""
+    prior, u = BlockLowRank(4.0, (2, 3, 2)), _random(0)
+    generator = torch.Generator().manual_seed(0)
+    shifts = itertools.product(range(2), range(3), range(2))
+    expected = sum(prior.proximal(u, 0.7, shift) for shift in shifts) / 12
+    torch.testing.assert_close(prior.mean_proximal(u, 0.7, 12, generator), expected)
+    few = prior.mean_proximal(u, 0.7, 2, generator)
+    assert 0 < (few - expected).norm() < 0.5 * expected.norm()
+
+
 def test_tilings_share_the_penalty():
     """The mean of several is their sum over their number, its diagonal too; of one, it is that one."""
     u, v, prior = _random(20), _random(21), BlockLowRank(2.0, BLOCK)

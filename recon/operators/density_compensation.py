@@ -179,7 +179,7 @@ def _shares(points: NDArray[np.float64]) -> NDArray[np.float64]:
     inside = np.isfinite(sizes)
     if not inside.any():
         raise ValueError(
-            f"the Voronoi cells of all {len(places)} points reach beyond their convex hull; take density 'pipe'"
+            f"Voronoi cells of all {len(places)} points reach beyond their convex hull; take density 'pipe'"
         )
     if not inside.all():
         _, nearest = cKDTree(places[inside]).query(places[~inside])

@@ -83,6 +83,21 @@ class BlockLowRank:
             region.write(shrink.to(u.dtype) @ blocks, result)
         return result
 
+    def mean_proximal(self, u: Tensor, step: float, tilings: int, generator: torch.Generator) -> Tensor:
+        """The mean of ``proximal`` over tilings that are shifted at random, no two alike.
+
+        Args:
+            u: U (x, k, z, y) complex.
+            step: above zero.
+            tilings: how many, one at least; there are no more than voxels in a block.
+            generator: the source of chance.
+        """
+        shifts = self._different_shifts(u.shape, tilings, generator)
+        total = self.proximal(u, step, shifts[0])
+        for shift in shifts[1:]:
+            total += self.proximal(u, step, shift)
+        return total / len(shifts)
+
     def value(self, u: Tensor, shift: tuple[int, int, int] = (0, 0, 0)) -> float:
         """R(U) for U (x, k, z, y)."""
         return sum(

@@ -7,9 +7,9 @@ components stay mixed near the centre of k-space, which biases the maps by up to
 matrices (``unmix``) undo that, still without an iteration. ``start: cg``, the preset, fits the network to
 the linear estimate.
 
-The published form is ``start: adjoint``, ``unmix: 0`` (all components, numbers as weights), ``heads:
-trained``, ``phase_width: 0`` and a ``decay_encoder`` above 0, all else as preset; the paper names neither the
-weight decays nor the number of steps.
+The published form is ``start: adjoint``, ``unmix: 0`` (all components, numbers as weights),
+``adjoint_low_rank: 0``, ``heads: trained``, ``phase_width: 0`` and a ``decay_encoder`` above 0, all else as
+preset; the paper names neither the weight decays nor the number of steps.
 
 With ``start: cg``, ``rounds`` draw the images towards the network's as well as towards the data,
 
@@ -59,6 +59,10 @@ _STEPS = 3
 """Least conjugate gradient steps from one covariance to the next."""
 _MOST_PULL = 10.0
 """In units of the data term's curvature: where there is hardly a signal, the nearest fingerprint is noise."""
+_LEAST_AROUND = 30
+"""Voxels around the object for each component, from which noise and aliasing are told."""
+_LEAST_NOISE = 1e-6
+"""Variance that a component around the object has at least, in units of the sum of all."""
 _BORDER = 2
 """Voxels around the signal that the network is fitted to as well: it is to know where the object ends."""
 
@@ -81,7 +85,10 @@ class JointINR(DensityCompensated, FingerprintSolver):
     to their eigenvalues (``subspace_density.py``); 0, as published: numbers."""
     adjoint_rank: int = field(default=4, metadata={"minimum": LEAST_COMPONENTS})
     """Components that are unmixed, the strongest ones of tissue; the others are left out."""
-    epochs: int = field(default=120, metadata={"minimum": 1})
+    adjoint_low_rank: float = field(default=0.2, metadata={"minimum": 0})
+    """With ``start: adjoint``: weight of locally low rank of the images that the network is fitted to, in
+    units of the largest singular value of what lies around the object; 0, as published: none."""
+    epochs: int = field(default=200, metadata={"minimum": 1})
     """Steps of the fit, over all voxels each, where its images are the result (``start: adjoint``, or no
     ``rounds``); many of them teach the network the aliasing."""
     pull_epochs: int = field(default=10, metadata={"minimum": 1})
@@ -143,6 +150,7 @@ class JointINR(DensityCompensated, FingerprintSolver):
         mask = signal_mask(energy.sqrt().cpu(), self.mask_threshold)
         dz, dy, dx = problem.encoding.voxel_size
         generator = torch.Generator().manual_seed(problem.seed)
+        images = self._low_rank(images, mask, generator)
         images = self._fitted(
             images,
             mask,
@@ -171,6 +179,28 @@ class JointINR(DensityCompensated, FingerprintSolver):
         unmixed = replace(sums, projected=unmixed_data(sums, weights, basis.mixing[0], self.unmix))
         images = adjoint_images(unmixed, csm, torch.eye(rank, device=csm.device), weights.to(csm.device))
         return images, basis
+
+    def _low_rank(self, images: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """Images (x, k, z, y) of low rank in blocks, mask (z, y, x) of the object.
+
+        Noise and aliasing, alike in all places as far as they are incoherent, are those around the object.
+        """
+        rank = images.shape[1]
+        around = images.permute(0, 2, 3, 1)[~_widened(mask).permute(2, 0, 1)]  # (v, k)
+        around = around[around.abs().amax(1) > 0]  # coil maps may end with the object
+        if not self.adjoint_low_rank or len(around) < _LEAST_AROUND * rank:
+            return images
+        around = around.to(torch.complex128)
+        covariance = around.mT @ around.conj() / len(around)
+        diagonal = covariance.diagonal().real
+        covariance = covariance + _LEAST_NOISE * diagonal.sum() * torch.eye(rank, device=diagonal.device)
+        deviation = torch.linalg.cholesky(covariance)
+        whitening = torch.linalg.inv(deviation).to(images)
+        voxels = prod(min(_BLOCK, n) for n in (images.shape[0], *images.shape[2:]))
+        penalty = BlockLowRank(self.adjoint_low_rank * (rank**0.5 + voxels**0.5), (_BLOCK,) * 3)
+        white = torch.einsum("ij,xjzy->xizy", whitening, images)
+        low = penalty.mean_proximal(white, 1.0, _TILINGS, generator)
+        return torch.einsum("ij,xjzy->xizy", deviation.to(images), low)
 
     def refine(self, estimate: FingerprintEstimate, seed: int, progress: Progress) -> Tensor:
         """The network's images, or what the rounds make of them."""
