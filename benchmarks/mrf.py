@@ -264,7 +264,11 @@ def sphere_floor(protocol: Protocol, raw: Path, snr: float, seed: int, excess: f
         line = line_through(
             np.array([sphere.mean for sphere in spheres]), np.array([sphere.reference for sphere in spheres])
         )
-        result[role] = {"slope": line.slope, "list": [vars(sphere) for sphere in spheres]}
+        statistics = [
+            {name: None if value != value else value for name, value in vars(sphere).items()}
+            for sphere in spheres
+        ]
+        result[role] = {"slope": line.slope, "list": statistics}
     return result
 
 

@@ -111,6 +111,24 @@ def test_planes_stand_for_the_share_of_kz_between_their_neighbours() -> None:
     torch.testing.assert_close(alone, torch.ones(len(plane)), rtol=1e-3, atol=0)
 
 
+def test_planes_may_be_a_little_uneven_and_one_spoke_a_plane_is_no_stack() -> None:
+    grid = (4, *GRID[1:])
+    points = slab(grid)
+    even = voronoi(points, grid)
+    uneven = points.clone()
+    uneven[::7, 2] += 2e-6
+    torch.testing.assert_close(voronoi(uneven, grid), even, rtol=1e-3, atol=0)
+    # Radial lines that turn from partition to partition.
+    heights = (torch.arange(16) - 8.0) / 16
+    lines = [torch.stack([torch.linspace(-0.5, 0.5, 24)] * 2, -1) for _ in heights]
+    turned = [
+        torch.stack([(2 * z).cos() * line[:, 0], (2 * z).sin() * line[:, 1], torch.full((24,), float(z))], -1)
+        for z, line in zip(3 * heights, lines, strict=True)
+    ]
+    found = voronoi(torch.cat([spoke * torch.tensor([1, 1, 1 / 3]) for spoke in turned]), (16, 24, 24))
+    assert bool((found > 0).all())
+
+
 def test_cells_in_3d_fill_the_ball_and_invert_what_lies_in_it() -> None:
     """Points drawn at random, the denser the nearer to the centre: the volumes make up for that."""
     generator = torch.Generator().manual_seed(0)
@@ -151,6 +169,11 @@ def test_weights_by_name() -> None:
 def test_says_what_is_wrong() -> None:
     with pytest.raises(ValueError, match=r"\(n, 2\) and \(n, 3\), not \(5, 4\)"):
         voronoi(torch.zeros(5, 4), GRID)
+    with pytest.raises(ValueError, match=r"not \(0, 3\)"):
+        voronoi(torch.zeros(0, 3), GRID)
+    square = torch.tensor([[-0.4, -0.4], [-0.4, 0.4], [0.4, -0.4], [0.4, 0.4]])
+    with pytest.raises(ValueError, match="all 4 points reach beyond"):
+        voronoi(square, GRID)
     with pytest.raises(ValueError, match="in a plane"):
         voronoi(torch.rand(50, 2) @ torch.tensor([[1.0, 0.0, 0.3], [0.0, 1.0, 0.2]]) - 0.5, GRID)
     with pytest.raises(ValueError, match="on a line"):

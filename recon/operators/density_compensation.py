@@ -26,8 +26,8 @@ _PRECISION = 1e-4
 """Of the transforms that tell densities."""
 _APART = 0.1 * SAME_POINT
 """How far points in 3D are moved, so that no more than four are on one sphere [cycles per voxel]."""
-_PLANES = 4
-"""Planes of a stack for each of its partitions, at most: those of one that is oversampled along z."""
+_THICKNESS = 0.05
+"""Of the planes of a stack at most, in units of 1 / partitions, which is how far planes are apart."""
 
 
 def density_weights(trajectory: Tensor, grid: tuple[int, int, int], method: str = "pipe") -> Tensor:
@@ -131,18 +131,19 @@ def voronoi(trajectory: Tensor, grid: tuple[int, int, int]) -> Tensor:
         ValueError: if the trajectory is of other columns, or all points lie on a line, or, in 3D, in a plane
             that is none of constant kz.
     """
-    if trajectory.ndim != 2 or trajectory.shape[1] not in (2, 3):
+    if trajectory.ndim != 2 or trajectory.shape[1] not in (2, 3) or not len(trajectory):
         raise ValueError(
             f"Voronoi cells are made for trajectories (n, 2) and (n, 3), not {tuple(trajectory.shape)}"
         )
     points = trajectory.detach().cpu().double().numpy()
     voxels = grid[1] * grid[2] * (grid[0] if points.shape[1] == 3 else 1)
-    if points.shape[1] == 3 and (planes := _planes(points[:, 2], grid[0])) is not None:
+    planes = _planes(points[:, 2], grid[0]) if points.shape[1] == 3 else None
+    if planes is None or any(_are_flat(points[members, :2]) for members in planes[0]):
+        weights = _shares(points)
+    else:
         weights = np.empty(len(points))
         for members, thickness in zip(*planes, strict=True):
             weights[members] = _shares(points[members, :2]) * (thickness or 1 / grid[0])
-    else:
-        weights = _shares(points)
     return torch.from_numpy((weights * voxels).astype(np.float32)).to(trajectory.device)
 
 
@@ -151,17 +152,24 @@ def _planes(
 ) -> tuple[list[NDArray[np.int64]], NDArray[np.float64]] | None:
     """Members of each plane of a stack, and the length of kz that it stands for; 0 where it is the only one.
 
-    None where points are in no planes: at more places along kz than any stack of so many partitions has.
+    None where points are in no planes: where gaps as wide as those between planes are not all there is.
     """
-    height, which = np.unique(np.round(kz / SAME_POINT), return_inverse=True)
-    which = which.reshape(-1)
-    if len(height) > _PLANES * partitions:
+    order = kz.argsort(kind="stable")
+    apart = _THICKNESS / partitions
+    members = np.split(order, np.flatnonzero(np.diff(kz[order]) > apart) + 1)
+    if any(np.ptp(kz[plane]) > apart for plane in members):
         return None
-    members = np.split(which.argsort(kind="stable"), np.bincount(which).cumsum()[:-1])
-    if len(height) == 1:
+    if len(members) == 1:
         return members, np.zeros(1)
-    between = np.diff(height * SAME_POINT)
+    between = np.diff([float(kz[plane].mean()) for plane in members])
     return members, (np.append(between[:1], between) + np.append(between, between[-1:])) / 2
+
+
+def _are_flat(points: NDArray[np.float64]) -> bool:
+    """Whether points (n, d) have no extent along some direction: on a line in 2D, in a plane in 3D."""
+    spread = points - points.mean(0)
+    least = SAME_POINT * len(points) ** 0.5
+    return len(points) < points.shape[1] + 2 or bool(np.linalg.svd(spread, compute_uv=False)[-1] < least)
 
 
 def _shares(points: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -170,9 +178,7 @@ def _shares(points: NDArray[np.float64]) -> NDArray[np.float64]:
     places, which = np.unique(np.round(points / SAME_POINT), axis=0, return_inverse=True)
     which = which.reshape(-1)
     places *= SAME_POINT
-    spread = places - places.mean(0)
-    least = SAME_POINT * len(places) ** 0.5
-    if len(places) < dimensions + 2 or np.linalg.svd(spread, compute_uv=False)[-1] < least:
+    if _are_flat(places):
         flat = "on a line" if dimensions == 2 else "in a plane"
         raise ValueError(f"Voronoi cells need points that do not all lie {flat}")
     sizes = _cell_sizes(places)
@@ -201,13 +207,15 @@ def _cell_sizes(places: NDArray[np.float64]) -> NDArray[np.float64]:
     diagram = Voronoi(places)
     beyond = _beyond_hull(diagram.vertices, places)
     faces = [face for face in diagram.ridge_vertices if -1 not in face]
+    if not faces:
+        return np.full(count, np.inf)
     bounded = np.array([-1 not in face for face in diagram.ridge_vertices])
     neighbours = diagram.ridge_points
     open_cell = np.zeros(count, dtype=bool)
     open_cell[neighbours[~bounded].ravel()] = True
     neighbours = neighbours[bounded]
     lengths = np.array([len(face) for face in faces])
-    corners = np.concatenate([np.asarray(face) for face in faces]) if faces else np.empty(0, np.int64)
+    corners = np.concatenate([np.asarray(face) for face in faces])
     starts = np.concatenate([[0], lengths.cumsum()[:-1]]).astype(np.int64)
     open_cell[neighbours[np.logical_or.reduceat(beyond[corners], starts)].ravel()] = True
     # Corners from the first one of their face, to keep digits.

@@ -22,6 +22,7 @@ second round on the network is fitted anew. METHODS 4.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -46,6 +47,8 @@ from quantitron.recon.solvers.joint_fit import JointFitSettings, fit_joint_netwo
 from quantitron.recon.solvers.nearest_fingerprint import NearestFingerprint
 from quantitron.recon.solvers.solver import Progress
 from quantitron.recon.solvers.svdmrf import DensityCompensated
+
+logger = logging.getLogger("quantitron")
 
 _BLOCK = 3
 """Edge [voxels] of the blocks of low rank; as in ``llr``."""
@@ -188,12 +191,17 @@ class JointINR(DensityCompensated, FingerprintSolver):
         rank = images.shape[1]
         around = images.permute(0, 2, 3, 1)[~_widened(mask).permute(2, 0, 1)]  # (v, k)
         around = around[around.abs().amax(1) > 0]  # coil maps may end with the object
-        if not self.adjoint_low_rank or len(around) < _LEAST_AROUND * rank:
+        if not self.adjoint_low_rank:
+            return images
+        if len(around) < _LEAST_AROUND * rank:
+            logger.info(
+                "too little lies around the object to tell noise and aliasing: no low rank of its images"
+            )
             return images
         around = around.to(torch.complex128)
         covariance = around.mT @ around.conj() / len(around)
         diagonal = covariance.diagonal().real
-        covariance = covariance + _LEAST_NOISE * diagonal.sum() * torch.eye(rank, device=diagonal.device)
+        covariance = covariance + _LEAST_NOISE * diagonal.sum() * torch.eye(rank).to(covariance)
         deviation = torch.linalg.cholesky(covariance)
         whitening = torch.linalg.inv(deviation).to(images)
         voxels = prod(min(_BLOCK, n) for n in (images.shape[0], *images.shape[2:]))
