@@ -379,6 +379,10 @@ def _failed_slices(context: Context) -> Iterator[_FailedSlices]:
             context.fail(sentence)
 
 
+_LEAST_SHARE = 0.1
+"""Of the whole, before which nothing is said of the time that is left."""
+
+
 class _progress_of:
     """Progress of one slice on stderr (through the log), no more than once a second."""
 
@@ -393,7 +397,11 @@ class _progress_of:
             return
         self._last = now
         seconds = now - self._start
-        logger.info("%s%3.0f %% %s (%.1f s)", self._where, 100 * share, doing, seconds)
+        left = ""
+        if _LEAST_SHARE <= share < 1:
+            minutes, rest = divmod(round(seconds * (1 - share) / share), 60)
+            left = f", about {minutes} min {rest} s left" if minutes else f", about {rest} s left"
+        logger.info("%s%3.0f %% %s (%.1f s%s)", self._where, 100 * share, doing, seconds, left)
 
 
 @contextmanager

@@ -149,7 +149,7 @@ def test_the_preview_comes_first_and_is_what_subspace_gives():
     assert (shares[0], shares[-1]) == (0.0, 1.0)
     epochs = [doing for doing, _ in said if doing.startswith("epoch ")]
     assert len(epochs) == LoREIN().network_steps
-    assert all("map networks" in doing and "s left" in doing for doing in epochs)
+    assert all("map networks" in doing and "s for the others" in doing for doing in epochs)
 
 
 def test_without_preview_there_are_only_the_final_maps():

@@ -353,3 +353,20 @@ def test_devices(monkeypatch):
     with pytest.raises(ValueError, match="there are 1 GPUs"):
         choose_device("auto")
     assert choose_device("cuda:0") == torch.device("cuda", 0)
+
+
+def test_progress_says_what_is_left_of_the_whole(monkeypatch, caplog):
+    """No more than once a second, and nothing of the time before a tenth is done."""
+    now = [0.0]
+    monkeypatch.setattr(reconstruct.time, "monotonic", lambda: now[0])
+    caplog.set_level("INFO", logger="quantitron")
+    progress = reconstruct._progress_of(1, 3)
+    for seconds, share in ((5.0, 0.05), (30.0, 0.25), (30.5, 0.3), (99.0, 0.99), (99.5, 1.0)):
+        now[0] = seconds
+        progress("steps", share)
+    assert [record.getMessage() for record in caplog.records] == [
+        "slice 2/3:   5 % steps (5.0 s)",
+        "slice 2/3:  25 % steps (30.0 s, about 1 min 30 s left)",
+        "slice 2/3:  99 % steps (99.0 s, about 1 s left)",
+        "slice 2/3: 100 % steps (99.5 s)",
+    ]

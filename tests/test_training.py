@@ -60,7 +60,7 @@ def test_training_reaches_the_minimum_and_tells_of_it():
     assert not record.stopped_early
     assert record.held_out == ()
     assert told[0][0].startswith("epoch 1/60, data ")
-    assert told[0][0].endswith(" s left")
+    assert told[0][0].endswith(" s for the others")
     assert told[-1][1] == 1.0
 
 

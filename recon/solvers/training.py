@@ -234,8 +234,8 @@ def _compare(best: _Best, networks: nn.Module, residual: float, epochs: int) -> 
 
 
 def _report(done: int, epochs: int, losses: Mapping[str, float], left: float) -> str:
-    """``epoch 12/100, data 0.93, wnnm 0.02, 1 min 20 s left``."""
+    """``epoch 12/100, data 0.93, wnnm 0.02, 1 min 20 s for the others``."""
     parts = [f"epoch {done}/{epochs}", *(f"{name} {value:.3g}" for name, value in losses.items())]
     minutes, seconds = divmod(round(left), 60)
-    parts.append(f"{minutes} min {seconds} s left" if minutes else f"{seconds} s left")
+    parts.append(f"{minutes} min {seconds} s for the others" if minutes else f"{seconds} s for the others")
     return ", ".join(parts)
