@@ -5,6 +5,9 @@
 - ``published``: features gathered and scattered, data terms frame by frame (published_epoch.py), all voxels;
 - ``given``: ``object`` with ESPIRiT's coil maps as they are, in place of a network that changes them;
 - ``unscaled``: ``object`` with outputs for all coefficient images of the same size, in place of each image's;
+- ``llr``: ``object`` that begins with the images and maps of ``llr`` in place of the linear estimate's;
+- ``plain``: ``object`` with three convolutions of one resolution, without attention, in place of the
+  convolutional network;
 - ``preconditioned``: ``object`` with the gradient of each coefficient image divided by the mean curvature of
   its data term and of its Gaussian prior, as the conjugate gradients are.
 
@@ -22,10 +25,11 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
-from itertools import product
+from functools import cached_property
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +48,7 @@ from quantitron.recon.metrics import CAPS, nrmse
 from quantitron.recon.networks.fields import Field
 from quantitron.recon.networks.low_rank_block import LowRankBlock
 from quantitron.recon.priors.low_rank import BlockLowRank
-from quantitron.recon.solvers import LoREIN
+from quantitron.recon.solvers import LocallyLowRank, LoREIN
 from quantitron.recon.solvers.cartesian import CartesianSolver, LinearEstimate
 from quantitron.recon.solvers.joint_networks import Block, JointNetworks, JointSettings
 from quantitron.recon.solvers.lorein_joint import JointTraining
@@ -52,7 +56,7 @@ from quantitron.recon.solvers.map_estimate import MapEstimate, start_from
 from quantitron.recon.solvers.training import Schedule, adam
 
 TIMED_FORMS = ("object", "everywhere", "published")
-FORMS = (*TIMED_FORMS, "given", "unscaled", "preconditioned")
+FORMS = (*TIMED_FORMS, "given", "unscaled", "llr", "plain", "preconditioned")
 SETTINGS = {"held_out": 0.0, "log2_rows": 15, "wnnm": 0.1}
 """Of all forms: no early stop, and the sizes that ``lorein`` ships with."""
 COARSE = {"matrix": (56, 56, 8), "fov": (224.0, 224.0, 32.0)}
@@ -78,6 +82,14 @@ class Scan:
         linear = CartesianSolver.maps(solver, estimate, estimate.coefficients, problem, _quiet)
         return cls(problem, estimate, linear, start_from(estimate, linear, problem))
 
+    @cached_property
+    def locally_low_rank(self) -> tuple[LinearEstimate, MapEstimate]:
+        """The start of form ``llr``."""
+        images = LocallyLowRank().refine(self.estimate, 0, _quiet)
+        maps = CartesianSolver.maps(LoREIN(), self.estimate, images, self.problem, _quiet)
+        estimate = replace(self.estimate, coefficients=images)
+        return estimate, start_from(estimate, maps, self.problem)
+
     def training(self, form: str, **settings: Any) -> Tried:
         """The objective, computed in one of the forms."""
         form, own = settings_of(form)
@@ -93,7 +105,8 @@ class Scan:
             }
         )
         kind = Preconditioned if form == "preconditioned" else Tried
-        training = kind(self.problem, self.estimate, self.start, chosen)
+        estimate, start = self.locally_low_rank if form == "llr" else (self.estimate, self.start)
+        training = kind(self.problem, estimate, start, chosen)
         if frames:
             assert self.problem.kspace is not None
             training._frames = PlainFrames(self.problem.kspace)  # type: ignore[assignment]
@@ -174,19 +187,58 @@ class Preconditioned(Tried):
             handle.remove()
 
 
+Resize = Callable[[Tensor, nn.Module | None], tuple[Tensor, nn.Module | None]]
+"""Sizes (k,) of the coefficient images, and the network that refines them -> others."""
+
+
 @contextmanager
-def unscaled() -> Iterator[None]:
-    """Networks made in here have outputs of one size for all coefficient images."""
+def low_rank_blocks(change: Resize) -> Iterator[None]:
+    """Low-rank blocks made in here have other sizes of their outputs, or another network."""
     made = LowRankBlock.__init__
 
     def init(self: LowRankBlock, field: Field, convolution: nn.Module | None, scale: Tensor) -> None:
-        made(self, field, convolution, torch.full_like(scale, float(scale.square().mean().sqrt())))
+        scale, convolution = change(scale, convolution)
+        made(self, field, convolution, scale)
 
     LowRankBlock.__init__ = init  # type: ignore[method-assign]
     try:
         yield
     finally:
         LowRankBlock.__init__ = made  # type: ignore[method-assign]
+
+
+class PlainConvolutions(nn.Module):
+    """Three convolutions of one resolution, added to their input; they start at nothing."""
+
+    def __init__(self, rank: int, channels: int = 32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        sizes = (2 * rank, channels, channels, 2 * rank)
+        self.layers = nn.ModuleList(
+            nn.Conv2d(first, second, 3, padding=1) for first, second in pairwise(sizes)
+        )
+        for layer in self.layers:
+            with torch.no_grad():
+                bound = (3 / layer.weight[0].numel()) ** 0.5
+                layer.weight.copy_((2 * torch.rand(layer.weight.shape, generator=generator) - 1) * bound)
+                layer.bias.zero_()
+        nn.init.zeros_(self.layers[-1].weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(x, k, z, y) complex -> the same."""
+        values = torch.cat([images.real, images.imag], 1)  # (x, 2k, z, y)
+        for layer in self.layers[:-1]:
+            values = torch.relu(layer(values))
+        real, imaginary = self.layers[-1](values).chunk(2, 1)
+        return images + torch.complex(real, imaginary)
+
+
+def _equal_sizes(scale: Tensor, network: nn.Module | None) -> tuple[Tensor, nn.Module | None]:
+    return torch.full_like(scale, float(scale.square().mean().sqrt())), network
+
+
+def _plain_network(scale: Tensor, _network: nn.Module | None) -> tuple[Tensor, nn.Module | None]:
+    return scale, PlainConvolutions(len(scale)).to(scale.device)
 
 
 def settings_of(form: str) -> tuple[str, dict[str, Any]]:
@@ -214,7 +266,10 @@ def settings_of(form: str) -> tuple[str, dict[str, Any]]:
 def encoding(form: str) -> AbstractContextManager[None]:
     """Networks made in here encode coordinates as the form does."""
     name = form.partition(":")[0]
-    return {"published": gathering, "unscaled": unscaled}.get(name, nullcontext)()
+    if name == "published":
+        return gathering()
+    change = {"unscaled": _equal_sizes, "plain": _plain_network}.get(name)
+    return nullcontext() if change is None else low_rank_blocks(change)
 
 
 class Epoch:
