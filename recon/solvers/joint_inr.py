@@ -91,7 +91,7 @@ class JointINR(DensityCompensated, FingerprintSolver):
     adjoint_low_rank: float = field(default=0.2, metadata={"minimum": 0})
     """With ``start: adjoint``: weight of locally low rank of the images that the network is fitted to, in
     units of the largest singular value of what lies around the object; 0, as published: none."""
-    epochs: int = field(default=200, metadata={"minimum": 1})
+    epochs: int = field(default=120, metadata={"minimum": 1})
     """Steps of the fit, over all voxels each, where its images are the result (``start: adjoint``, or no
     ``rounds``); many of them teach the network the aliasing."""
     pull_epochs: int = field(default=10, metadata={"minimum": 1})
