@@ -188,11 +188,11 @@ class JointINR(DensityCompensated, FingerprintSolver):
 
         Noise and aliasing, alike in all places as far as they are incoherent, are those around the object.
         """
+        if not self.adjoint_low_rank:
+            return images
         rank = images.shape[1]
         around = images.permute(0, 2, 3, 1)[~_widened(mask).permute(2, 0, 1)]  # (v, k)
         around = around[around.abs().amax(1) > 0]  # coil maps may end with the object
-        if not self.adjoint_low_rank:
-            return images
         if len(around) < _LEAST_AROUND * rank:
             logger.info(
                 "too little lies around the object to tell noise and aliasing: no low rank of its images"
